@@ -1,0 +1,324 @@
+"""Grad-ECLIP: gradient-based visual and textual explanations for CLIP (Zhao et al., ICML 2024).
+
+    lambda_i = minmax_i cos(q, k_i)                  the loosened attention of the pooled token, once an image
+    H_i      = ReLU(lambda_i * sum_c g_c v_ic)       g = dS/do at the pooled token's attention output o
+
+S is the cosine of the image with the text. With frozen weights dS/do vanishes everywhere but at the pooled token, so g
+needs the one-token tail above the last attention only. Two exact forms of the same maps:
+
+    reverse    g_p for each prompt, one row through the tail's derivative a prompt
+    features   A_i = d/de z(o + e v_i), the derivative of the embedding towards each patch's value, prompt-free;
+               then v_i . g_p = A_i . t_p for any text t_p
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.errors import InputError
+from clipfast.models.block import Block
+from clipfast.models.tail import LinearTail, Tail
+from clipfast.models.tower import ImageTower, Site, TextTower, Tower
+from clipfast.ops.spatial_attribution import gradient_weighted, spatial_weight
+
+Form = Literal["auto", "reverse", "features"]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A batch of B inputs on which Grad-ECLIP has been prepared: any prompt's map is one or two matrix products away.
+
+    z (B, E): unit embeddings. weights: lambda, (B, n) for each explained layer. values: v, (B, n, D) for each.
+    gradients: cotangents (R, E) or (B, R, E) -> dS/do at the pooled token, (B, R, D) for each layer.
+    tail: the linearised tail when a single layer is explained; it has the forward form, too.
+    """
+
+    z: Tensor
+    weights: Sequence[Tensor]
+    values: Sequence[Tensor]
+    gradients: Callable[[Tensor], list[Tensor]]
+    tail: LinearTail | None
+    relu: Literal["each", "sum", "none"]
+
+    def maps(self, texts: Tensor, *, form: Form = "auto", out: Tensor | None = None) -> Tensor:
+        """Maps (B, P, n) for unit text embeddings (P, E), or (B, P, E) with prompts of their own for each input."""
+        batch, n, _ = self.values[0].shape
+        prompts = texts.shape[-2]
+        if form == "auto":
+            form = "features" if self._features_pay(prompts) else "reverse"
+        if out is None:
+            out = self.z.new_empty(batch, prompts, n)
+        if form == "features":
+            return combine(self.weights, self.features(), texts, self.relu, out)
+        # As many rows at a time as the tower itself had tokens keep the memory that of the encode.
+        for start in range(0, prompts, n + 1):
+            rows = slice(start, start + n + 1)
+            combine(self.weights, self.values, self.gradients(texts[..., rows, :]), self.relu, out[:, rows])
+        return out
+
+    def features(self) -> list[Tensor]:
+        """Attribution features A (B, n, E), one for each layer: v_i . dS/do = A_i . t for every text t."""
+        embed = self.z.shape[1]
+        if self.tail is not None and self.values[0].shape[1] <= self._jacobian_rows_worth():
+            return [self.tail.jvp(self.values[0])]
+        found = [v.new_empty(*v.shape[:2], embed) for v in self.values]
+        identity = torch.eye(embed, dtype=self.z.dtype, device=self.z.device)
+        step = max(64, self.values[0].shape[1])
+        for start in range(0, embed, step):
+            for a, v, g in zip(found, self.values, self.gradients(identity[start : start + step]), strict=True):
+                a[..., start : start + step] = v @ g.mT
+        return found
+
+    def _tail_cost(self) -> int:
+        """Multiplications of one row through the tail's derivative, from either end."""
+        width, embed = self.values[0].shape[2], self.z.shape[1]
+        return width * (width + 8 * width + embed)
+
+    def _jacobian_rows_worth(self) -> int:
+        """How many forward rows cost as much as the whole Jacobian from the embedding's side."""
+        width, embed = self.values[0].shape[2], self.z.shape[1]
+        cost = self._tail_cost()
+        return embed * cost // max(1, cost - width * embed)
+
+    def _features_pay(self, prompts: int) -> bool:
+        _, n, width = self.values[0].shape
+        embed = self.z.shape[1]
+        rows = min(n, self._jacobian_rows_worth()) if self.tail is not None else embed
+        return rows * self._tail_cost() + prompts * n * embed < prompts * (self._tail_cost() + n * width)
+
+
+def combine(
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+    directions: Tensor | Sequence[Tensor],
+    relu: Literal["each", "sum", "none"],
+    out: Tensor,
+) -> Tensor:
+    """Maps out of each layer's products: ReLU in each layer and then the sum, the sum and then ReLU, or no ReLU.
+
+    weights (B, n) and values (B, n, C) a layer; directions (P, C) or (B, P, C), one for all layers or one a layer.
+    """
+    for layer, (weight, value) in enumerate(zip(weights, values, strict=True)):
+        direction = directions if isinstance(directions, Tensor) else directions[layer]
+        if layer == 0:
+            gradient_weighted(weight, value, direction, out=out)
+            if relu == "each":
+                out.relu_()
+        else:
+            product = gradient_weighted(weight, value, direction)
+            out.add_(product.relu_() if relu == "each" else product)
+    return out.relu_() if relu == "sum" else out
+
+
+@dataclass(frozen=True)
+class GradEclip:
+    """Grad-ECLIP with the parameters of its paper, its released scripts and its notebooks.
+
+    heads: "model", or "single": the explained blocks run as one head of width D with scale D**-0.5, as the released
+        code does; it explains a slightly different model.
+    spatial: "raw" (cosine of q and k; the paper, the notebooks), "projected" (both through the output projection and
+        its bias; the released scripts) or "none" (no spatial weight).
+    layers: how many of the last blocks to explain; on the text side None takes the last 8 as the authors do.
+    reduce: "relu_then_sum" (the authors' images) or "sum_then_relu" (their texts) over layers; None takes theirs.
+    lambda_over: text side: "words" or "all" positions, padding included, take part in the min-max (theirs: all).
+    signed: keep the sign instead of the final ReLU.
+    """
+
+    heads: Literal["model", "single"] = "model"
+    spatial: Literal["raw", "projected", "none"] = "raw"
+    layers: int | None = None
+    reduce: Literal["relu_then_sum", "sum_then_relu"] | None = None
+    lambda_over: Literal["words", "all"] = "words"
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("heads", ("model", "single")),
+            ("spatial", ("raw", "projected", "none")),
+            ("reduce", ("relu_then_sum", "sum_then_relu", None)),
+            ("lambda_over", ("words", "all")),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(repr(a) for a in allowed if a is not None)
+                raise InputError(f"{name}={getattr(self, name)!r} is not a choice of Grad-ECLIP: give one of {choices}.")
+        if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
+            raise InputError(f"layers={self.layers!r} must be a whole number of blocks, at least 1.")
+
+    @torch.no_grad()
+    def image(self, tower: ImageTower, x: Tensor) -> Explained:
+        """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
+        h = tower.embed(x)
+        layers = self._depth(tower, 1)
+        h = tower.run(h, stop=tower.depth - layers)
+        prefix = tower.prefix.shape[0]
+        return self._explain(tower, h, tower.pooled(h), layers, slice(prefix, None), None, "relu_then_sum")
+
+    @torch.no_grad()
+    def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> Explained:
+        """Prepare token ids (B, T); n = T, and positions outside `words` (B, T) get weight zero."""
+        pooled = tower.pooled(ids)
+        layers = self._depth(tower, min(8, tower.depth))
+        mask = tower.mask(ids.shape[1])
+        visible = tower.visible(pooled, ids.shape[1])
+        h = tower.run(tower.embed(ids), stop=tower.depth - layers, mask=mask)
+        return self._explain(tower, h, pooled, layers, slice(None), words, "sum_then_relu", mask, visible)
+
+    def _depth(self, tower: Tower, default: int) -> int:
+        layers = default if self.layers is None else self.layers
+        if layers > tower.depth:
+            raise InputError(f"layers={layers} was asked for, but this tower has {tower.depth} blocks.")
+        return layers
+
+    def _explain(
+        self,
+        tower: Tower,
+        h: Tensor,
+        pooled: Tensor,
+        layers: int,
+        keep: slice,
+        where: Tensor | None,
+        reduce: str,
+        mask: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Explained:
+        heads = 1 if self.heads == "single" else None
+        first = tower.depth - layers
+        bottom = h
+        sites = []
+        for index in range(first, tower.depth):
+            sites.append(tower.site(h, pooled, index=index, heads=heads, visible=visible))
+            if index + 1 < tower.depth:
+                h = tower.blocks[index](h, heads=heads, mask=mask)
+        del h
+        weights, values = [], []
+        for index, site in enumerate(sites, start=first):
+            weights.append(self._weight(tower, index, site, keep, where))
+            values.append(site.v[:, keep])
+        tail = tower.tail.linearize(sites[-1].residual, sites[-1].o)
+        if layers == 1:
+            gradients = _one_layer(tail)
+        elif layers == 2 or tower.causal:
+            gradients = _PooledToken(_in(tower, first), tower.tail, sites, pooled, heads)
+        else:
+            gradients = _AllTokens(_in(tower, first), tower.tail, bottom.to(tail.z.dtype), pooled, heads)
+        relu = {"relu_then_sum": "each", "sum_then_relu": "sum"}[self.reduce or reduce]
+        return Explained(
+            tail.z, weights, values, gradients, tail if layers == 1 else None, "none" if self.signed else relu
+        )
+
+    def _weight(self, tower: Tower, index: int, site: Site, keep: slice, where: Tensor | None) -> Tensor:
+        q, k = site.q, site.k[:, keep]
+        if self.spatial == "none":
+            return k.new_ones(k.shape[:2]) if where is None else where.to(k.dtype)
+        if self.spatial == "projected":
+            block = tower.blocks[index].to(q.dtype)
+            q, k = (F.linear(t, block.out_weight, block.out_bias) for t in (q, k))
+        if where is None or self.lambda_over == "all":
+            weight = spatial_weight(q, k)
+            return weight if where is None else weight * where
+        return spatial_weight(q, k, where)
+
+
+def _in(tower: Tower, first: int) -> list[Block]:
+    """The explained blocks in the dtype of the tail."""
+    return [block.to(tower.tail.proj.dtype) for block in tower.blocks[first:]]
+
+
+def _one_layer(tail: LinearTail) -> Callable[[Tensor], list[Tensor]]:
+    return lambda cotangents: [tail.vjp(cotangents)]
+
+
+@dataclass(frozen=True)
+class _PooledToken:
+    """Gradients at several layers' sites where only the pooled token's own row can carry them.
+
+    True for the last two blocks of any tower, and for every block of a causal tower: no token that the pooled one sees
+    ever sees the pooled one. Each cotangent gets a copy of that row, and one backward pass serves all copies; the other
+    tokens' keys and values are constants.
+    """
+
+    blocks: Sequence[Block]
+    tail: Tail
+    sites: Sequence[Site]
+    pooled: Tensor
+    heads: int | None
+
+    def __call__(self, cotangents: Tensor) -> list[Tensor]:
+        sites = self.sites
+        batch, width = sites[0].q.shape
+        cotangents = cotangents.expand(batch, *cotangents.shape[-2:])
+        with torch.inference_mode(False), torch.enable_grad():
+            shifts = [
+                torch.zeros(batch, cotangents.shape[1], width, dtype=s.q.dtype, device=s.q.device, requires_grad=True)
+                for s in sites
+            ]
+            row = _plain(sites[0].residual)[:, None].expand_as(shifts[0])
+            o = _plain(sites[0].o)[:, None] + shifts[0]
+            for block, above, site, shift in zip(self.blocks, self.blocks[1:], sites[1:], shifts[1:], strict=False):
+                row = row + block.out(o)
+                row = row + block.mlp(row)
+                x = above.norm1(row)
+                o = self._attend(above, above.query(x), *above.key_value(x), site) + shift
+            z = self.tail(row, o)
+            return list(torch.autograd.grad(z, shifts, _plain(cotangents)))
+
+    def _attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
+        """Attention of row copies (B, R, D) to the other tokens as they are and to their own moving k and v."""
+        heads = self.heads or block.heads
+        split = (heads, q.shape[-1] // heads)
+        q = q.unflatten(-1, split) * split[1] ** -0.5
+        k, v = k.unflatten(-1, split), v.unflatten(-1, split)
+        keys, values = (_plain(t).unflatten(-1, split) for t in (site.k, site.v))
+        hidden = F.one_hot(self.pooled, site.k.shape[1]).bool()
+        if site.mask is not None:
+            hidden = hidden | ~site.mask
+        scores = torch.einsum("brhd,bnhd->brhn", q, keys).masked_fill(hidden[:, None, None], -torch.inf)
+        own = (q * k).sum(-1, keepdim=True)
+        a = torch.cat((scores, own), dim=-1).softmax(-1)
+        return (torch.einsum("brhn,bnhd->brhd", a[..., :-1], values) + a[..., -1:] * v).flatten(2)
+
+
+@dataclass(frozen=True)
+class _AllTokens:
+    """Gradients at three or more layers' sites of a bidirectional tower: they pass through every token above."""
+
+    blocks: Sequence[Block]
+    tail: Tail
+    bottom: Tensor
+    pooled: Tensor
+    heads: int | None
+
+    def __call__(self, cotangents: Tensor) -> list[Tensor]:
+        h = self.bottom
+        batch, tokens, width = h.shape
+        rows = torch.arange(batch, device=h.device)
+        cotangents = cotangents.expand(batch, *cotangents.shape[-2:])
+        with torch.inference_mode(False), torch.enable_grad():
+            h = _plain(h)
+            at_pooled = F.one_hot(self.pooled, tokens).to(h.dtype)[..., None]
+            shifts = [torch.zeros(batch, 1, width, dtype=h.dtype, device=h.device, requires_grad=True) for _ in self.blocks]
+            for block, shift in zip(self.blocks[:-1], shifts[:-1], strict=True):
+                x = block.norm1(h)
+                o = block.attend(block.query(x), *block.key_value(x), heads=self.heads)
+                h = h + block.out(o + at_pooled * shift)
+                h = h + block.mlp(h)
+            last = self.blocks[-1]
+            x = last.norm1(h)
+            o = last.attend(last.query(x[rows, self.pooled])[:, None], *last.key_value(x), heads=self.heads)
+            z = self.tail(h[rows, self.pooled], (o + shifts[-1])[:, 0])
+            found = [
+                torch.autograd.grad(z, shifts, _plain(cotangents[:, r]), retain_graph=True)
+                for r in range(cotangents.shape[1])
+            ]
+        return [torch.cat(layer, dim=1) for layer in zip(*found, strict=True)]
+
+
+def _plain(t: Tensor) -> Tensor:
+    """A tensor that autograd may save, also when it was made under inference_mode."""
+    return t.clone() if t.is_inference() else t

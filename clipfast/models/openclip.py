@@ -1,0 +1,203 @@
+"""Reads towers out of open_clip and OpenAI CLIP modules: vision transformers and text transformers that pool CLS or EOT.
+
+Parameters are found by their names, never by the class of the module that holds them: open_clip changes its attention
+class between releases, the names stay.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipfast.errors import ModelError
+from clipfast.models.block import GELU, GELU_TANH, QUICK_GELU, Activation, Block, Norm
+from clipfast.models.tail import Tail
+from clipfast.models.tower import ImageTower, TextTower
+
+SUPPORTED = (
+    "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN) and its text "
+    "transformers that pool one token"
+)
+
+
+def unsupported(path: str, why: str) -> ModelError:
+    return ModelError(f"{path} {why}; {SUPPORTED}.")
+
+
+def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ImageTower:
+    """The image side of an open_clip or OpenAI CLIP module.
+
+    dtype: the trunk's; None keeps the weights as they are. Tensors are shared with the module wherever no cast is needed.
+    Raises ModelError naming the part that does not fit.
+    """
+    v: Any = getattr(module, "visual", None)
+    if v is None:
+        raise unsupported(type(module).__name__, "has no image tower called 'visual'")
+    where = f"visual ({type(v).__name__})"
+    for name in ("conv1", "class_embedding", "positional_embedding", "ln_post", "transformer"):
+        if getattr(v, name, None) is None:
+            raise unsupported(where, f"has no '{name}'")
+    if getattr(v, "attn_pool", None) is not None:
+        raise unsupported(where, "pools with attention")
+    if getattr(v, "pool_type", "tok") != "tok":
+        raise unsupported(where, f"pools by '{v.pool_type}', not its class token")
+    if getattr(v, "proj", None) is None:
+        raise unsupported(where, "has no projection 'proj' into the joint space")
+    blocks = read_blocks(v.transformer, "visual.transformer", dtype)
+    trunk = blocks[0].out_weight.dtype
+    patch = v.conv1
+    if tuple(patch.stride) != tuple(patch.kernel_size) or any(patch.padding):
+        raise unsupported("visual.conv1", "cuts patches that overlap or are padded")
+    prefix = v.class_embedding.detach().to(trunk).reshape(-1, v.class_embedding.shape[-1])
+    positions = v.positional_embedding.detach().to(trunk)
+    return ImageTower(
+        blocks=blocks,
+        tail=read_tail(blocks[-1], v.ln_post, v.proj, "visual"),
+        causal=False,
+        patch_weight=patch.weight.detach().to(trunk),
+        patch_bias=None if patch.bias is None else patch.bias.detach().to(trunk),
+        prefix=prefix,
+        positions=positions,
+        grid=_grid(v, positions.shape[0] - prefix.shape[0]),
+        norm_pre=None if isinstance(v.ln_pre, nn.Identity) else read_norm(v.ln_pre, "visual.ln_pre", dtype),
+    )
+
+
+def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower:
+    """The text side, like `image_tower`."""
+    # Newer open_clip models keep the text side in a module of its own, the classic ones spread it over the model.
+    t: Any = getattr(module, "text", module)
+    where = "text" if t is not module else type(module).__name__
+    for name in ("token_embedding", "positional_embedding", "ln_final", "transformer"):
+        if getattr(t, name, None) is None:
+            raise unsupported(where, f"has no '{name}' for its text side")
+    if getattr(t, "cls_emb", None) is not None or getattr(t, "use_pad_mask", False):
+        raise unsupported(where, "appends a class token to the text or masks its padding")
+    pool = getattr(t, "text_pool_type", getattr(t, "pool_type", "argmax"))
+    if pool not in ("argmax", "eos", "first", "last"):
+        raise unsupported(where, f"pools its text by '{pool}'")
+    mask = getattr(t, "attn_mask", None)
+    if mask is None and t is module:
+        # OpenAI's own package keeps the mask in each block.
+        mask = getattr(t.transformer.resblocks[0], "attn_mask", None)
+    if mask is not None:
+        length = mask.shape[-1]
+        if not torch.equal(mask.float().cpu(), torch.full((length, length), -torch.inf).triu_(1)):
+            raise unsupported(f"{where}.attn_mask", "is not a causal mask")
+    blocks = read_blocks(t.transformer, "transformer", dtype)
+    projection = getattr(t, "text_projection", None)
+    if projection is None:
+        projection = torch.eye(blocks[0].width, device=blocks[0].out_weight.device)
+    return TextTower(
+        blocks=blocks,
+        tail=read_tail(blocks[-1], t.ln_final, projection, where),
+        causal=mask is not None,
+        table=t.token_embedding.weight.detach(),
+        positions=t.positional_embedding.detach(),
+        pool=pool,
+        eot_id=getattr(t, "text_eos_id", getattr(t, "eos_id", None)),
+    )
+
+
+def read_blocks(transformer: nn.Module, path: str, dtype: torch.dtype | None) -> tuple[Block, ...]:
+    modules: Any = getattr(transformer, "resblocks", None)
+    if not modules:
+        raise unsupported(path, "has no blocks called 'resblocks'")
+    return tuple(read_block(block, f"{path}.resblocks.{i}", dtype) for i, block in enumerate(modules))
+
+
+def read_block(block: Any, path: str, dtype: torch.dtype | None) -> Block:
+    for name in ("ln_1", "attn", "ln_2", "mlp"):
+        if not hasattr(block, name):
+            raise unsupported(f"{path} ({type(block).__name__})", f"has no '{name}'")
+    attn, mlp = block.attn, block.mlp
+    if getattr(attn, "in_proj_weight", None) is None or not hasattr(attn, "out_proj"):
+        raise unsupported(f"{path}.attn ({type(attn).__name__})", "has no 'in_proj_weight' and 'out_proj'")
+    for owner, prefix, names in (
+        (attn, f"{path}.attn", ("ln_q", "ln_k", "ln_inner", "head_scale", "logit_scale", "bias_k")),
+        (block, path, ("ln_attn", "ln_1_kv")),
+        (mlp, f"{path}.mlp", ("ln",)),
+    ):
+        for name in names:
+            extra = getattr(owner, name, None)
+            if extra is not None and not isinstance(extra, nn.Identity):
+                raise unsupported(f"{prefix}.{name}", "is an extra norm or scale inside the block")
+    if not hasattr(mlp, "c_fc") or not hasattr(mlp, "c_proj"):
+        raise unsupported(f"{path}.mlp ({type(mlp).__name__})", "has no 'c_fc' and 'c_proj'")
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(dtype or t.dtype)
+
+    def weight(t: Tensor) -> Tensor:
+        return t.detach().to(dtype or t.dtype)
+
+    return Block(
+        heads=attn.num_heads,
+        norm1=read_norm(block.ln_1, f"{path}.ln_1", dtype),
+        qkv_weight=weight(attn.in_proj_weight),
+        qkv_bias=cast(attn.in_proj_bias),
+        out_weight=weight(attn.out_proj.weight),
+        out_bias=cast(attn.out_proj.bias),
+        scale1=cast(_layer_scale(block, "ls_1", path)),
+        norm2=read_norm(block.ln_2, f"{path}.ln_2", dtype),
+        fc_weight=weight(mlp.c_fc.weight),
+        fc_bias=cast(mlp.c_fc.bias),
+        act=_activation(mlp, path),
+        proj_weight=weight(mlp.c_proj.weight),
+        proj_bias=cast(mlp.c_proj.bias),
+        scale2=cast(_layer_scale(block, "ls_2", path)),
+    )
+
+
+def read_norm(norm: Any, path: str, dtype: torch.dtype | None) -> Norm:
+    if not isinstance(norm, nn.LayerNorm):
+        raise unsupported(f"{path} ({type(norm).__name__})", "is not a LayerNorm")
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().to(dtype or t.dtype)
+
+    return Norm(cast(norm.weight), cast(norm.bias), norm.eps)
+
+
+def read_tail(block: Block, norm: Any, projection: Tensor | nn.Linear, path: str) -> Tail:
+    """The tail in float32, or float64 when the block above it is float64."""
+    dtype = torch.float64 if block.out_weight.dtype == torch.float64 else torch.float32
+    weight, bias = (projection.weight.T, projection.bias) if isinstance(projection, nn.Linear) else (projection, None)
+    return Tail(
+        block=block.to(dtype),
+        norm=read_norm(norm, f"{path}.{'ln_post' if path == 'visual' else 'ln_final'}", dtype),
+        proj=weight.detach().to(dtype),
+        proj_bias=None if bias is None else bias.detach().to(dtype),
+    )
+
+
+def _layer_scale(block: Any, name: str, path: str) -> Tensor | None:
+    scale = getattr(block, name, None)
+    if scale is None or isinstance(scale, nn.Identity):
+        return None
+    gamma = getattr(scale, "gamma", None)
+    if not isinstance(gamma, Tensor):
+        raise unsupported(f"{path}.{name} ({type(scale).__name__})", "is not a LayerScale with 'gamma'")
+    return gamma
+
+
+def _activation(mlp: Any, path: str) -> Activation:
+    found = getattr(mlp, "gelu", None) or getattr(mlp, "act", None)
+    if isinstance(found, nn.GELU):
+        return GELU_TANH if found.approximate == "tanh" else GELU
+    if type(found).__name__ == "QuickGELU":
+        return QUICK_GELU
+    raise unsupported(f"{path}.mlp", f"activates with {type(found).__name__}, not GELU or QuickGELU")
+
+
+def _grid(visual: Any, patches: int) -> tuple[int, int]:
+    grid = getattr(visual, "grid_size", None)
+    if grid is not None and len(tuple(grid)) == 2 and grid[0] * grid[1] == patches:
+        return int(grid[0]), int(grid[1])
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise unsupported("visual.positional_embedding", f"has {patches} patches that form no known grid")
+    return side, side

@@ -1,0 +1,116 @@
+"""From the pooled token's attention output to the normalised embedding, and that map's derivative by hand.
+
+    y = r + s1 * (W_o o + b_o);   x = y + s2 * (W_2 act(W_1 norm2(y) + b_1) + b_2);   e = P norm_f(x);   z = e / |e|
+
+No attention is left in it, so rows of its Jacobian cost one token each: n forward rows give the attribution features
+of an image, P reverse rows the gradients of P prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.models.block import Block, Norm
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The rest of the tower above the last attention. `proj` is (D, E), `proj_bias` (E,) or None."""
+
+    block: Block
+    norm: Norm
+    proj: Tensor
+    proj_bias: Tensor | None = None
+
+    def project(self, x: Tensor) -> Tensor:
+        """Residual stream (..., D) into the joint space, not normalised: (..., E)."""
+        e = self.norm(x) @ self.proj
+        return e if self.proj_bias is None else e + self.proj_bias
+
+    def __call__(self, residual: Tensor, o: Tensor) -> Tensor:
+        """Unit embeddings (..., E) of attention outputs o (..., D) on top of residual (..., D)."""
+        y = residual + self.block.out(o)
+        return F.normalize(self.project(y + self.block.mlp(y)), dim=-1)
+
+    def linearize(self, residual: Tensor, o: Tensor) -> LinearTail:
+        """The tail at one point per image: residual and o (B, D)."""
+        b = self.block
+        y = residual + b.out(o)
+        x1, r1 = _standardize(y, b.norm2.eps)
+        u = F.linear(_affine(x1, b.norm2), b.fc_weight, b.fc_bias)
+        w = F.linear(b.act.value(u), b.proj_weight, b.proj_bias)
+        x2, r2 = _standardize(y + (w if b.scale2 is None else w * b.scale2), self.norm.eps)
+        e = _affine(x2, self.norm) @ self.proj
+        if self.proj_bias is not None:
+            e = e + self.proj_bias
+        norm = e.norm(dim=-1, keepdim=True)
+        return LinearTail(self, x1, r1, b.act.derivative(u), x2, r2, e / norm, norm)
+
+
+@dataclass(frozen=True)
+class LinearTail:
+    """The tail's derivative at one point of each image; `z` (B, E) is its value there."""
+
+    tail: Tail
+    x1: Tensor  # (B, D) standardised input of norm2, and 1/sigma (B, 1)
+    r1: Tensor
+    slope: Tensor  # (B, F) derivative of the activation
+    x2: Tensor  # (B, D) the same for the final norm
+    r2: Tensor
+    z: Tensor  # (B, E)
+    norm: Tensor  # (B, 1) length of the embedding before normalisation
+
+    def jvp(self, rows: Tensor) -> Tensor:
+        """d/de z(o + e v) for directions v = rows (B, R, D): (B, R, E)."""
+        b, dz = self.tail.block, None
+        dy = F.linear(rows, b.out_weight)
+        if b.scale1 is not None:
+            dy = dy.mul_(b.scale1)
+        du = F.linear(_gain_(_norm_jacobian(dy, self.x1, self.r1), b.norm2), b.fc_weight).mul_(self.slope[:, None])
+        dw = F.linear(du, b.proj_weight)
+        del du
+        dy = dy.add_(dw if b.scale2 is None else dw.mul_(b.scale2))
+        de = _gain_(_norm_jacobian(dy, self.x2, self.r2), self.tail.norm) @ self.tail.proj
+        dz = torch.baddbmm(de, de @ self.z[:, :, None], self.z[:, None, :], alpha=-1)
+        return dz.div_(self.norm[:, None])
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """d(z . t)/do for cotangents t (B, R, E), or (R, E) shared by all images: (B, R, D)."""
+        b, batch = self.tail.block, self.z.shape[0]
+        t = cotangents.expand(batch, *cotangents.shape[-2:])
+        ge = torch.baddbmm(t, t @ self.z[:, :, None], self.z[:, None, :], alpha=-1).div_(self.norm[:, None])
+        gx = _norm_jacobian(_gain_(ge @ self.tail.proj.T, self.tail.norm), self.x2, self.r2)
+        gm = (gx if b.scale2 is None else gx * b.scale2) @ b.proj_weight
+        ga = _gain_(gm.mul_(self.slope[:, None]) @ b.fc_weight, b.norm2)
+        del gm
+        gy = gx.add_(_norm_jacobian(ga, self.x1, self.r1))
+        return (gy if b.scale1 is None else gy.mul_(b.scale1)) @ b.out_weight
+
+
+def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    centred = x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * rstd, rstd
+
+
+def _affine(x: Tensor, norm: Norm) -> Tensor:
+    x = x if norm.weight is None else x * norm.weight
+    return x if norm.bias is None else x + norm.bias
+
+
+def _gain_(x: Tensor, norm: Norm) -> Tensor:
+    return x if norm.weight is None else x.mul_(norm.weight)
+
+
+def _norm_jacobian(rows: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+    """LayerNorm's Jacobian, rstd (I - 1 1^T / D - x x^T / D), applied to rows (B, R, D); it is symmetric.
+
+    Both rank-one terms go in one pass over the rows.
+    """
+    basis = torch.stack((torch.ones_like(x), x), dim=1)  # (B, 2, D)
+    coefficients = rows @ basis.mT  # (B, R, 2)
+    return torch.baddbmm(rows, coefficients, basis, alpha=-1.0 / x.shape[-1]).mul_(rstd[:, None])

@@ -1,0 +1,223 @@
+"""Towers: what attribution methods need from one side of a CLIP model.
+
+A tower runs its blocks from the model's weights up to the *site*, the attention that writes the pooled token, and
+hands out that attention's q, k, v and residual together with the tail above it. Both sides look the same to a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.errors import InputError
+from clipfast.models.block import Block, Norm
+from clipfast.models.tail import Tail
+
+
+@dataclass(frozen=True)
+class Site:
+    """The attention of one block that writes the pooled token, for a batch.
+
+    q (B, D): the pooled token's query. k, v (B, N, D): all tokens, prefix included. o (B, D): the pooled token's
+    attention output, heads concatenated, before the output projection. residual (B, D): the pooled token's residual
+    stream below that attention. mask (B, N): True for tokens that the pooled token may attend to, or None for all.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    residual: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One side of the model: blocks, the final norm and projection, and where the pooled token is.
+
+    `blocks` run in the trunk's dtype; `tail` and everything at the site in float32, or float64 for a float64 model.
+    """
+
+    blocks: Sequence[Block]
+    tail: Tail
+    causal: bool
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        return self.blocks[0].width
+
+    @property
+    def embed_dim(self) -> int:
+        return self.tail.proj.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The trunk's dtype."""
+        return self.blocks[0].out_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tail.proj.device
+
+    def run(
+        self, h: Tensor, start: int = 0, stop: int | None = None, *, heads: int | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Blocks start..stop-1 on tokens h (B, N, D); stop=None runs to the top."""
+        for block in self.blocks[start:stop]:
+            h = block(h, heads=heads, mask=mask)
+        return h
+
+    def site(
+        self,
+        h: Tensor,
+        pooled: Tensor,
+        *,
+        index: int = -1,
+        heads: int | None = None,
+        visible: Tensor | None = None,
+    ) -> Site:
+        """The site of block `index` for its input h (B, N, D): keys and values of every token, the rest of the pooled one.
+
+        pooled (B,): each sequence's pooled position. visible (B, N): True where the pooled token may look.
+        """
+        block = self.blocks[index]
+        rows = torch.arange(h.shape[0], device=h.device)
+        x = block.norm1(h)
+        residual = h[rows, pooled]
+        q = block.query(x[rows, pooled])
+        k, v = block.key_value(x)
+        del x
+        mask = None if visible is None else torch.where(visible, 0.0, -torch.inf).to(q.dtype)[:, None, None, :]
+        o = block.attend(q[:, None], k, v, heads=heads, mask=mask)[:, 0]
+        dtype = self.tail.proj.dtype
+        return Site(q.to(dtype), k.to(dtype), v.to(dtype), o.to(dtype), residual.to(dtype), visible)
+
+
+@dataclass(frozen=True)
+class ImageTower(Tower):
+    """A vision transformer whose embedding is its class token's.
+
+    patch_weight (D, 3, ph, pw) and patch_bias: the patch convolution; prefix (K, D): class and register tokens, the pooled
+    one first; positions (K + gh gw, D) for the grid (gh, gw) the model was trained on.
+    """
+
+    patch_weight: Tensor
+    patch_bias: Tensor | None
+    prefix: Tensor
+    positions: Tensor
+    grid: tuple[int, int]
+    norm_pre: Norm | None
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.patch_weight.shape[2], self.patch_weight.shape[3]
+
+    def grid_of(self, x: Tensor) -> tuple[int, int]:
+        """Patch grid (h, w) of an input (B, 3, H, W).
+
+        Raises InputError unless H and W are multiples of the patch.
+        """
+        (ph, pw), (height, width) = self.patch_size, x.shape[-2:]
+        if height % ph or width % pw or not height or not width:
+            raise InputError(
+                f"images are {height} x {width} pixels, but this model cuts patches of {ph} x {pw}: "
+                "both sides must be multiples of the patch."
+            )
+        return height // ph, width // pw
+
+    def patch(self, x: Tensor) -> Tensor:
+        """The linear part, (B, 3, H, W) -> (B, N, D): convolution, prefix tokens and positions.
+
+        Another grid than the trained one gets bicubically resized positions (align_corners=False, no antialiasing),
+        as the published explainers do it.
+        """
+        grid = self.grid_of(x)
+        t = F.conv2d(x.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias, stride=self.patch_size)
+        t = t.flatten(2).transpose(1, 2)
+        t = torch.cat((self.prefix.expand(t.shape[0], -1, -1), t), dim=1)
+        return t.add_(self.positions_for(grid)) if not t.requires_grad else t + self.positions_for(grid)
+
+    def positions_for(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings (N, D) for a patch grid (h, w)."""
+        if grid == self.grid:
+            return self.positions
+        prefix, spatial = self.positions.split((self.prefix.shape[0], self.grid[0] * self.grid[1]))
+        # Half precision has no bicubic kernel everywhere; the table is small.
+        spatial = spatial.T.unflatten(1, self.grid)[None]
+        wide = spatial if spatial.dtype == torch.float64 else spatial.float()
+        resized = F.interpolate(wide, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat((prefix, resized[0].flatten(1).T.to(prefix.dtype)))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Input of block 0: (B, 3, H, W) -> (B, N, D)."""
+        t = self.patch(x)
+        return t if self.norm_pre is None else self.norm_pre(t)
+
+    def pooled(self, h: Tensor) -> Tensor:
+        """The pooled position of each sequence: the class token's, (B,)."""
+        return torch.zeros(h.shape[0], dtype=torch.long, device=h.device)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of normalised images (B, 3, H, W)."""
+        h = self.run(self.embed(x), stop=-1)
+        site = self.site(h, self.pooled(h))
+        return self.tail(site.residual, site.o)
+
+
+@dataclass(frozen=True)
+class TextTower(Tower):
+    """A text transformer whose embedding is one token's.
+
+    table (V, D) and positions (T, D); pool: "argmax" (the largest id is EOT), "eos" (first `eot_id`), "first" or "last".
+    """
+
+    table: Tensor
+    positions: Tensor
+    pool: str
+    eot_id: int | None
+
+    @property
+    def context_length(self) -> int:
+        return self.positions.shape[0]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input of block 0 for token ids (B, T): (B, T, D)."""
+        return (self.table[ids] + self.positions[: ids.shape[1]]).to(self.dtype)
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        """The pooled position of each row of token ids (B, T): (B,)."""
+        if self.pool == "argmax":
+            return ids.argmax(dim=-1)
+        if self.pool == "eos":
+            return (ids == self.eot_id).int().argmax(dim=-1)
+        position = 0 if self.pool == "first" else ids.shape[1] - 1
+        return torch.full((ids.shape[0],), position, dtype=torch.long, device=ids.device)
+
+    def mask(self, length: int) -> Tensor | None:
+        """The additive attention mask (T, T) between tokens, None where every token sees every other."""
+        if not self.causal:
+            return None
+        return torch.full((length, length), -torch.inf, device=self.device, dtype=self.dtype).triu_(1)
+
+    def visible(self, pooled: Tensor, length: int) -> Tensor | None:
+        """Which positions each pooled token sees: (B, T), or None for all."""
+        return torch.arange(length, device=pooled.device) <= pooled[:, None] if self.causal else None
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of token ids (B, T)."""
+        pooled = self.pooled(ids)
+        if self.causal:
+            # Nothing behind the last pooled token can reach it, so padding need not be computed.
+            ids = ids[:, : int(pooled.max()) + 1]
+        length = ids.shape[1]
+        h = self.run(self.embed(ids), stop=-1, mask=self.mask(length))
+        site = self.site(h, pooled, visible=self.visible(pooled, length))
+        return self.tail(site.residual, site.o)
