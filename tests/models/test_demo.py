@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import re
+
+import open_clip
+import pytest
+import torch
+
+from clipfast.data.scenes import names, render
+from clipfast.errors import TextError
+from clipfast.models.demo import WEIGHTS, WORDS, DemoTokenizer, build_demo, load_demo
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> DemoTokenizer:
+    return DemoTokenizer()
+
+
+def test_tokens_are_open_clips_in_compact_numbers(tokenizer):
+    full = open_clip.SimpleTokenizer()
+    for text in ("a photo of a dog", "two butterflies, a red car and an octopus on the left."):
+        pieces = [tokenizer.decoder[i] for i in tokenizer.encode(text)]
+        assert pieces == [full.decoder[i] for i in full.encode(text)]
+        assert "".join(pieces).replace("</w>", " ").split() == re.findall(r"\w+|[^\w\s]", text)
+
+
+def test_the_end_token_is_the_largest_and_padding_zero(tokenizer):
+    ids = tokenizer(["dog", "a dog and a red car"])
+    assert ids.shape == (2, tokenizer.context_length)
+    assert ids.dtype == torch.int64
+    assert ids.argmax(-1).tolist() == [2, 7]
+    assert (ids[:, 0] == tokenizer.sot_token_id).all()
+    assert ids[0, 3:].sum() == 0
+    assert ids.max() == tokenizer.eot_token_id == tokenizer.vocab_size - 1
+    assert 0 not in tokenizer.decoder
+
+
+def test_long_texts_are_cut_before_the_end_token(tokenizer):
+    ids = tokenizer("dog " * 100)
+    assert ids.shape == (1, tokenizer.context_length)
+    assert ids[0, -1] == tokenizer.eot_token_id
+
+
+def test_unknown_words_are_named(tokenizer):
+    with pytest.raises(TextError, match=r"'zebra', 'skateboard'.*clipfast.models.demo.WORDS"):
+        tokenizer("a zebra on a skateboard")
+    assert torch.equal(tokenizer("A Photo of a DOG"), tokenizer("a photo of a dog"))
+
+
+def test_the_vocabulary_is_what_captions_use():
+    used: set[str] = set()
+    for seed in range(2500):
+        scene = render(seed, 32, (0, 4), word=seed % 5 == 0, repeat=0.5)
+        used |= set(re.findall(r"\w+", f"{scene.caption} {scene.foil}"))
+    assert used <= set(WORDS)
+    assert len(set(WORDS) - used) <= 3
+    assert len(WORDS) == len(set(WORDS))
+    assert set(names()) <= set(WORDS)
+
+
+def test_architecture_is_open_clips():
+    model, tokenizer = build_demo()
+    assert type(model) is open_clip.CLIP
+    assert sum(p.numel() for p in model.parameters()) < 4e6
+    assert open_clip.get_model_preprocess_cfg(model)["size"] == 96
+    with torch.no_grad():
+        assert model.encode_image(torch.zeros(2, 3, 96, 96)).shape == model.encode_text(tokenizer(["dog", "cat"])).shape
+
+
+def test_packaged_weights_load():
+    model, _ = load_demo()
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert WEIGHTS.stat().st_size < 10e6
