@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,12 @@ class Geometry:
             tall = part[:, y0].lerp_(part[:, y1], fy[:, None])
             out[i : i + step, rows, cols] = tall[:, :, x0].lerp_(tall[:, :, x1], fx)
         return out.reshape(*lead, self.height, self.width)
+
+    def resized(self, height: int, width: int) -> Geometry:
+        """The same for a copy of the image of another size, such as a thumbnail: its maps cost only its own pixels."""
+        sy, sx = height / self.height, width / self.width
+        left, top, right, bottom = self.box
+        return replace(self, height=height, width=width, box=(left * sx, top * sy, right * sx, bottom * sy))
 
     def to_input(self, points: Tensor) -> Tensor:
         """Points (..., 2) as (x, y) in original pixels -> (x, y) in the input's pixels; unseen ones fall outside."""
