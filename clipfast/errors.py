@@ -41,9 +41,10 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     "did you mean 'grad_eclip'?"
     """
     known = list(choices)
-    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    spelled = {choice.lower(): choice for choice in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.6)
     if close:
-        return f"did you mean {' or '.join(repr(c) for c in close)}?"
+        return f"did you mean {' or '.join(repr(spelled[c]) for c in close)}?"
     if len(known) <= 30:
         return f"known: {', '.join(known)}."
     return f"{len(known)} names are known, none like it."

@@ -28,6 +28,7 @@ from clipfast.models.tower import ImageTower, Site, TextTower, Tower
 from clipfast.ops.spatial_attribution import gradient_weighted, spatial_weight
 
 Form = Literal["auto", "reverse", "features"]
+Relu = Literal["each", "sum", "none"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Explained:
     values: Sequence[Tensor]
     gradients: Callable[[Tensor], list[Tensor]]
     tail: LinearTail | None
-    relu: Literal["each", "sum", "none"]
+    relu: Relu
 
     def maps(self, texts: Tensor, *, form: Form = "auto", out: Tensor | None = None) -> Tensor:
         """Maps (B, P, n) for unit text embeddings (P, E), or (B, P, E) with prompts of their own for each input."""
@@ -75,6 +76,19 @@ class Explained:
                 a[..., start : start + step] = v @ g.mT
         return found
 
+    def prompt_free(self) -> tuple[Tensor, Tensor]:
+        """Everything that maps of later texts need: values (B, n, E) and weights (B, n).
+
+        Where ReLU comes before the sum over L layers they cannot be added up: (B, L, n, E) and (B, L, n).
+        """
+        features = self.features()
+        if len(features) == 1:
+            return features[0], self.weights[0]
+        if self.relu == "each":
+            return torch.stack(features, 1), torch.stack(list(self.weights), 1)
+        total = torch.stack([w[..., None] * a for w, a in zip(self.weights, features, strict=True)]).sum(0)
+        return total, torch.ones_like(self.weights[0])
+
     def _tail_cost(self) -> int:
         """Multiplications of one row through the tail's derivative, from either end."""
         width, embed = self.values[0].shape[2], self.z.shape[1]
@@ -97,7 +111,7 @@ def combine(
     weights: Sequence[Tensor],
     values: Sequence[Tensor],
     directions: Tensor | Sequence[Tensor],
-    relu: Literal["each", "sum", "none"],
+    relu: Relu,
     out: Tensor,
 ) -> Tensor:
     """Maps out of each layer's products: ReLU in each layer and then the sum, the sum and then ReLU, or no ReLU.
@@ -207,10 +221,8 @@ class GradEclip:
             gradients = _PooledToken(_in(tower, first), tower.tail, sites, pooled, heads)
         else:
             gradients = _AllTokens(_in(tower, first), tower.tail, bottom.to(tail.z.dtype), pooled, heads)
-        relu = {"relu_then_sum": "each", "sum_then_relu": "sum"}[self.reduce or reduce]
-        return Explained(
-            tail.z, weights, values, gradients, tail if layers == 1 else None, "none" if self.signed else relu
-        )
+        relu: Relu = "each" if (self.reduce or reduce) == "relu_then_sum" else "sum"
+        return Explained(tail.z, weights, values, gradients, tail if layers == 1 else None, "none" if self.signed else relu)
 
     def _weight(self, tower: Tower, index: int, site: Site, keep: slice, where: Tensor | None) -> Tensor:
         q, k = site.q, site.k[:, keep]

@@ -121,16 +121,13 @@ class ImageTower(Tower):
         return self.patch_weight.shape[2], self.patch_weight.shape[3]
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
-        """Patch grid (h, w) of an input (B, 3, H, W).
+        """Patch grid (h, w) of an input (B, 3, H, W); pixels beyond the last whole patch are not seen, as in the model itself.
 
-        Raises InputError unless H and W are multiples of the patch.
+        Raises InputError for an input smaller than one patch.
         """
         (ph, pw), (height, width) = self.patch_size, x.shape[-2:]
-        if height % ph or width % pw or not height or not width:
-            raise InputError(
-                f"images are {height} x {width} pixels, but this model cuts patches of {ph} x {pw}: "
-                "both sides must be multiples of the patch."
-            )
+        if height < ph or width < pw:
+            raise InputError(f"images of {height} x {width} pixels hold no patch: this model cuts patches of {ph} x {pw}.")
         return height // ph, width // pw
 
     def patch(self, x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.ops.minmax import minmax
+
 
 def spatial_weight(q: Tensor, k: Tensor, where: Tensor | None = None) -> Tensor:
     """lambda (B, N): the cosine of q (B, D) with k (B, N, D), min-maxed over N.
@@ -19,13 +21,7 @@ def spatial_weight(q: Tensor, k: Tensor, where: Tensor | None = None) -> Tensor:
     where (B, N): positions that take part; the others get 0. A constant cosine gives ones.
     """
     cosine = (F.normalize(k, dim=-1) @ F.normalize(q, dim=-1)[:, :, None])[..., 0]
-    if where is None:
-        low, high = cosine.amin(-1, keepdim=True), cosine.amax(-1, keepdim=True)
-    else:
-        low = cosine.masked_fill(~where, torch.inf).amin(-1, keepdim=True)
-        high = cosine.masked_fill(~where, -torch.inf).amax(-1, keepdim=True)
-    span = high - low
-    weight = torch.where(span > 0, (cosine - low) / torch.where(span > 0, span, 1), 1.0)
+    weight = minmax(cosine, constant=1.0, where=where)
     return weight if where is None else weight * where
 
 

@@ -1,0 +1,351 @@
+"""The engine: images and texts go in, every image's map for every text comes out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from clipfast.data.geometry import Geometry, normalize
+from clipfast.data.inputs import Prepared, prepare_all, sources
+from clipfast.errors import ImageError, InputError, ModelError, TextError
+from clipfast.methods import build_method
+from clipfast.models.load import load
+from clipfast.models.model import Model, Precision
+from clipfast.models.tower import ImageTower
+from clipfast.results import Attribution, Features, Words
+
+Texts = str | Sequence[str] | Tensor
+
+# Tokens in one pass of the tower. On a CPU small batches stay in its caches: a tower is about a tenth cheaper an image
+# in batches of 4 than of 28 (ViT-B/16); a GPU wants to be filled.
+_CPU_TOKENS, _GPU_TOKENS = 800, 32768
+
+
+def explain(
+    images: Any,
+    texts: Texts,
+    *,
+    model: Any = "demo",
+    method: str = "grad_eclip",
+    pairs: bool = False,
+    precision: Precision = None,
+    resize: str | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    **parameters: Any,
+) -> Attribution:
+    """The maps of B images for P texts, all pairs: `Explainer(model, method, ...)(images, texts)` in one call."""
+    if isinstance(model, str):
+        model = _loaded(model)
+    explainer = Explainer(model, method, precision=precision, resize=resize, **parameters)
+    return explainer(images, texts, pairs=pairs, on_error=on_error)
+
+
+class Explainer:
+    """A model and a method, prepared once and called often.
+
+    model: what `clipfast.load` returns or takes. method: see `clipfast methods`; **parameters are the method's own.
+    precision: None runs the weights as they are; "float32", "bfloat16" or "auto" (bfloat16 where the hardware multiplies
+        it natively) set the trunk's dtype. Tail and maps stay in float32 (float64 for a float64 model).
+    resize: how images become the model's input: None as the model's own preprocessing does, "crop", "squash",
+        "longest" (padded) or "keep" (native aspect, sides rounded to the patch).
+
+    Several explainers, in several threads, may share one model; it is only read.
+
+    Raises ModelError, or InputError for an unknown method, parameter, precision or resize.
+    """
+
+    def __init__(
+        self,
+        model: Any = "demo",
+        method: str = "grad_eclip",
+        *,
+        precision: Precision = None,
+        resize: str | None = None,
+        **parameters: Any,
+    ):
+        self.model: Model = load(model)
+        self.method = method
+        self.precision = precision
+        self.spec = self.model.spec if resize is None else replace(self.model.spec, resize=resize)
+        self._run = build_method(method, parameters)
+        self._cached: tuple[Any, tuple[str, ...], Tensor] | None = None
+        self.model.towers(precision)
+
+    def __call__(
+        self,
+        images: Any,
+        texts: Texts,
+        *,
+        pairs: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        progress: Callable[[int], None] | None = None,
+    ) -> Attribution:
+        """Maps of B images for P texts; with `pairs`, of image i for text i only.
+
+        images: paths, folders, patterns, PIL images, uint8 arrays (H, W, 3), uint8 tensors (3, H, W), normalised float
+            tensors (3, H, W), a batch (B, 3, H, W), or a list of any of them.
+        texts: strings, or embeddings (P, E), which are normalised here.
+        on_error: "raise" for the first image that cannot be read, or "skip" it (see `Attribution.errors`).
+        progress: called with the number of images finished since the last call.
+
+        Raises ImageError, TextError, InputError for anything that cannot be used, ModelError for NaN in the weights.
+        """
+        started = time.perf_counter()
+        found = sources(images)
+        names, embeddings = self._texts(texts)
+        if pairs and len(embeddings) != len(found):
+            raise InputError(f"pairs=True needs one text an image: there are {len(found)} images and {len(embeddings)} texts.")
+        tower, _ = self.model.towers(self.precision)
+        prompts = 1 if pairs else len(embeddings)
+        maps, whole = self._allocate(found, prompts, tower)
+        scores = torch.full((len(found), prompts), torch.nan, dtype=tower.tail.proj.dtype, device=tower.device)
+        geometries: list[Geometry | None] = [None] * len(found)
+        errors: dict[int, ImageError] = {}
+        for indices, x, batch in self._batches(found, tower, errors, on_error, progress):
+            explained = self._run.image(tower, x)
+            wanted = embeddings[indices][:, None] if pairs else embeddings
+            scores[indices] = (explained.z[:, None] @ wanted.mT)[:, 0]
+            first, last = indices[0], indices[-1] + 1
+            grid = tower.grid_of(x)
+            if whole is not None and last - first == len(indices):
+                explained.maps(wanted, out=whole[first:last].flatten(-2))
+            else:
+                for i, m in zip(indices, explained.maps(wanted).unflatten(-1, grid), strict=True):
+                    if whole is None:
+                        maps[i] = m
+                    else:
+                        whole[i] = m
+            for i, item in zip(indices, batch, strict=True):
+                geometries[i] = item.geometry
+        for i in errors:
+            if whole is not None:
+                whole[i] = torch.nan
+        self._check_finite(scores, errors)
+        return Attribution(
+            maps=_joined(maps) if whole is None else whole,
+            scores=scores,
+            texts=names,
+            sources=[_kept(source) for source in found],
+            geometries=geometries,
+            method=self.method,
+            model=self.model.name,
+            seconds=time.perf_counter() - started,
+            pairs=pairs,
+            errors=errors,
+        )
+
+    def features(self, images: Any, *, on_error: Literal["raise", "skip"] = "raise") -> Features:
+        """Attribution features of images: `features(images).maps(texts)` equals `self(images, texts)`, for any texts, any time.
+
+        All images must come to the same patch grid (any resize but "keep", or equal sizes).
+        Raises InputError where they do not, and as calling does.
+        """
+        found = sources(images)
+        tower, _ = self.model.towers(self.precision)
+        geometries: list[Geometry | None] = [None] * len(found)
+        errors: dict[int, ImageError] = {}
+        parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        grids = set()
+        relu = "each"
+        for indices, x, batch in self._batches(found, tower, errors, on_error, None):
+            explained = self._run.image(tower, x)
+            values, weights = explained.prompt_free()
+            relu = explained.relu
+            grids.add(tower.grid_of(x))
+            if len(grids) > 1:
+                raise InputError("features need one patch grid: these images come to several; choose resize='crop' or 'squash'.")
+            for row, (i, item) in enumerate(zip(indices, batch, strict=True)):
+                geometries[i] = item.geometry
+                parts[i] = (values[row], weights[row], explained.z[row])
+        if not parts:
+            raise next(iter(errors.values()))
+        blank = tuple(torch.full_like(t, torch.nan) for t in next(iter(parts.values())))
+        stacked = [torch.stack(columns) for columns in zip(*(parts.get(i, blank) for i in range(len(found))), strict=True)]
+        self._check_finite(stacked[2], errors)
+        return Features(
+            values=stacked[0],
+            weights=stacked[1],
+            embeddings=stacked[2],
+            grid=grids.pop(),
+            relu=relu,
+            sources=[_kept(source) for source in found],
+            geometries=geometries,
+            method=self.method,
+            model=self.model.name,
+            encode=lambda texts: self._texts(texts)[1],
+        )
+
+    def words(self, image: Any, text: str | Sequence[str]) -> Any:
+        """What each word of a text does for its score with an image: a `Words`; a list of them for a list of texts.
+
+        image: one image, as for calling, or its unit embedding (E,).
+        Raises as calling does; TextError for a text without words.
+        """
+        if not isinstance(text, str):
+            return [self.words(image, t) for t in text]
+        _, tower = self.model.towers(self.precision)
+        ids = self.model.tokenize([text])
+        pooled = int(tower.pooled(ids)[0])
+        words = self.model.words(ids[0], pooled)
+        if not words:
+            raise TextError(f"{text!r} has no words to explain.")
+        inside = torch.zeros_like(ids, dtype=torch.bool)
+        inside[:, [p for _, positions in words for p in positions]] = True
+        explained = self._run.text(tower, ids, inside)
+        embedding = self._embedding(image)
+        values = explained.maps(embedding[None])[0, 0]
+        self._check_finite(explained.z, {})
+        return Words(
+            text=text,
+            words=[word for word, _ in words],
+            values=torch.stack([values[positions].sum() for _, positions in words]),
+            tokens=[self.model.spell([int(ids[0, p])]) for _, positions in words for p in positions],
+            token_values=values[inside[0]],
+            score=float(explained.z[0] @ embedding),
+        )
+
+    def _embedding(self, image: Any) -> Tensor:
+        tower, _ = self.model.towers(self.precision)
+        if isinstance(image, Tensor) and image.ndim == 1:
+            return self._texts(image[None])[1][0]
+        found = sources(image)
+        if len(found) != 1:
+            raise InputError(f"words() explains texts with one image at a time, not {len(found)}.")
+        (_, x, _), *_ = self._batches(found, tower, {}, "raise", None)
+        return self._encode(tower, x)[0]
+
+    @torch.no_grad()
+    def _encode(self, tower: ImageTower, x: Tensor) -> Tensor:
+        return tower.encode(x)
+
+    def _texts(self, texts: Texts) -> tuple[list[str] | None, Tensor]:
+        """(the strings or None, unit embeddings (P, E)); the last strings' embeddings are kept."""
+        image, text = self.model.towers(self.precision)
+        if isinstance(texts, Tensor):
+            if texts.ndim != 2 or texts.shape[1] != image.embed_dim or not texts.is_floating_point():
+                raise TextError(
+                    f"text embeddings must be floats of shape (P, {image.embed_dim}), not {texts.dtype} {tuple(texts.shape)}."
+                )
+            if len(texts) == 0:
+                raise TextError("there is no text: pass at least one.")
+            embeddings = texts.detach().to(image.device, image.tail.proj.dtype)
+            norms = embeddings.norm(dim=-1)
+            if not bool((norms.isfinite() & (norms > 0)).all()):
+                raise TextError("text embeddings must be finite and not zero.")
+            return None, F.normalize(embeddings, dim=-1)
+        names = [texts] if isinstance(texts, str) else list(texts)
+        if not names:
+            raise TextError("there is no text: pass at least one.")
+        if self._cached is None or self._cached[0] is not text or self._cached[1] != tuple(names):
+            self._cached = (text, tuple(names), self.model.encode_texts(names, self.precision))
+        return names, self._cached[2]
+
+    def _batches(
+        self,
+        found: list[Any],
+        tower: ImageTower,
+        errors: dict[int, ImageError],
+        on_error: str,
+        progress: Callable[[int], None] | None,
+    ) -> Iterator[tuple[list[int], Tensor, list[Prepared]]]:
+        """Micro-batches of inputs of one size: (their indices, x (b, 3, H, W) on the device, the prepared images)."""
+        if on_error not in ("raise", "skip"):
+            raise InputError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
+        waiting: dict[tuple[int, ...], tuple[list[int], list[Prepared]]] = {}
+        for i, item in enumerate(prepare_all(found, self.spec)):
+            if isinstance(item, ImageError):
+                if on_error == "raise":
+                    raise item
+                errors[i] = item
+                if progress is not None:
+                    progress(1)
+                continue
+            key = (*item.pixels.shape, item.pixels.dtype == torch.uint8)
+            indices, batch = waiting.setdefault(key, ([], []))
+            indices.append(i)
+            batch.append(item)
+            if len(batch) == self._micro_batch(tower, item):
+                yield self._ready(indices, batch, tower)
+                if progress is not None:
+                    progress(len(indices))
+                del waiting[key]
+        for indices, batch in waiting.values():
+            yield self._ready(indices, batch, tower)
+            if progress is not None:
+                progress(len(indices))
+
+    def _ready(self, indices: list[int], batch: list[Prepared], tower: ImageTower) -> tuple[list[int], Tensor, list[Prepared]]:
+        x = torch.stack([item.pixels for item in batch])
+        if x.dtype == torch.uint8:
+            return indices, normalize(x, self.spec, tower.dtype, tower.device), batch
+        return indices, x.to(tower.device, tower.dtype), batch
+
+    def _micro_batch(self, tower: ImageTower, item: Prepared) -> int:
+        height, width = item.geometry.covered
+        tokens = tower.prefix.shape[0] + height // tower.patch_size[0] * (width // tower.patch_size[1])
+        return max(1, (_GPU_TOKENS if tower.device.type == "cuda" else _CPU_TOKENS) // tokens)
+
+    def _allocate(self, found: list[Any], prompts: int, tower: ImageTower) -> tuple[list[Any], Tensor | None]:
+        """Room for the maps: one tensor where every image's patch grid is known to be the same, else a list to fill."""
+        shapes = {
+            tuple(s.shape[-2:]) if isinstance(s, Tensor) and s.is_floating_point() else self.spec.size for s in found
+        }
+        known = self.spec.resize != "keep" or all(isinstance(s, Tensor) and s.is_floating_point() for s in found)
+        dtype = tower.tail.proj.dtype
+        height, width = max(shapes, key=lambda s: s[0] * s[1])
+        grid = (height // tower.patch_size[0], width // tower.patch_size[1])
+        needed = len(found) * prompts * grid[0] * grid[1] * dtype.itemsize
+        if needed > _memory(tower.device):
+            raise InputError(
+                f"{len(found)} x {prompts} maps need {needed / 1e9:.1f} GB: explain fewer at a time, or keep "
+                "features(images), which give the map of any text later."
+            )
+        if not known or len(shapes) > 1 or 0 in grid:
+            return [torch.full((prompts, 1, 1), torch.nan, dtype=dtype, device=tower.device) for _ in found], None
+        # Not filled: touching every page once more would cost as much as the maps of many prompts.
+        return [], torch.empty(len(found), prompts, *grid, dtype=dtype, device=tower.device)
+
+    def _check_finite(self, numbers: Tensor, errors: dict[int, ImageError]) -> None:
+        good = [i for i in range(len(numbers)) if i not in errors]
+        if bool(numbers[good].isfinite().all()):
+            return
+        for name, parameter in self.model.module.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise ModelError(f"the weights of {self.model.name} hold NaN or infinite values, first in {name}: load intact weights.")
+        raise ModelError(f"{self.model.name} overflows in {self.model.towers(self.precision)[0].dtype}: use precision='float32'.")
+
+
+def _joined(maps: list[Tensor]) -> Tensor | list[Tensor]:
+    return torch.stack(maps) if len({m.shape for m in maps}) == 1 else maps
+
+
+def _kept(source: Any) -> Any:
+    """What an Attribution remembers of a source: enough to draw it, or None for normalised tensors."""
+    if isinstance(source, Tensor):
+        if source.dtype != torch.uint8:
+            return None
+        source = source.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(source) if isinstance(source, np.ndarray) else source
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that results may take on a device: all that is free on a GPU, nine tenths of what a CPU's machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 9 // 10
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str) -> Model:
+    return load(name)

@@ -1,0 +1,218 @@
+"""From a name, a path or a module to a `Model`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipfast.errors import ModelError, nearest
+from clipfast.models.model import Model, Tokenizer
+
+RANDOM = "random"
+_CLIP_VOCABULARY = 49408
+_CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+def load(
+    model: str | Path | nn.Module | Model = "demo",
+    pretrained: str | Path | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    preprocess: Any = None,
+    device: str | torch.device | None = None,
+) -> Model:
+    """A CLIP model, ready to be explained.
+
+    model: "demo"; an open_clip architecture ("ViT-B-16", with `pretrained`, or "ViT-B-16:openai" in one word); "hf:org/name"
+        for a model with an open_clip configuration on the Hugging Face hub; the path of a checkpoint (open_clip's .pt
+        or .safetensors, an OpenAI JIT archive); or a module you already have, which stays where and as it is.
+    pretrained: a weights tag of open_clip, the path of a checkpoint, or "random" for untrained weights.
+    tokenizer, preprocess: replace the model's own; preprocess may be a torchvision Compose or an InputSpec.
+    device: where to load it; CUDA if there is any, else the CPU.
+
+    Raises ModelError: unknown name or tag (with the nearest ones), unreadable or unfitting checkpoint, unknown structure.
+    """
+    if isinstance(model, Model):
+        return model
+    # open_clip takes seconds to import and brings Triton along: whoever only reads results should not wait for it.
+    import open_clip
+
+    if isinstance(model, nn.Module):
+        if tokenizer is None and getattr(model, "vocab_size", None) == _CLIP_VOCABULARY:
+            tokenizer = open_clip.SimpleTokenizer(context_length=getattr(model, "context_length", 77))
+        return Model(model, tokenizer, preprocess)
+    name = str(model)
+    if pretrained is None and ":" in name and not name.startswith("hf:") and not Path(name).exists():
+        name, pretrained = name.split(":", 1)
+    if name == "demo":
+        from clipfast.models.demo import load_demo
+
+        module, own = load_demo()
+    elif name.startswith("hf:"):
+        module, own = _create("hf-hub:" + name[3:], None)
+    elif Path(name).is_file() or Path(name).suffix in _CHECKPOINTS:
+        module, own = _load_path(Path(name))
+    else:
+        module, own = _load_named(name, None if pretrained is None else str(pretrained))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    label = name if pretrained is None else f"{name}:{pretrained}"
+    return Model(module.to(device).eval(), tokenizer or own, preprocess, label)
+
+
+def known_models() -> dict[str, list[str]]:
+    """open_clip's architectures that clipfast reads, each with its weights tags."""
+    import open_clip
+
+    found = {}
+    for name in open_clip.list_models():
+        if _reason_unfit(open_clip.get_model_config(name)) is None:
+            found[name] = open_clip.list_pretrained_tags_by_model(name)
+    return found
+
+
+def _load_named(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
+    import open_clip
+
+    name = name.replace("/", "-")
+    names = open_clip.list_models()
+    if name not in names:
+        raise ModelError(f"there is no model or file {name!r}: {nearest(name, ['demo', *names])}")
+    reason = _reason_unfit(open_clip.get_model_config(name))
+    if reason is not None:
+        raise ModelError(f"{name} {reason}, which clipfast cannot read yet; `clipfast models` lists those it can.")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise ModelError(
+            f"{name} needs weights: name them as {name}:{tags[0] if tags else 'path/to/weights.pt'} "
+            f"(known: {', '.join(tags) or 'none'}; or a checkpoint's path; or '{RANDOM}')."
+        )
+    if pretrained == RANDOM:
+        return _create(name, None)
+    if pretrained.lower() not in [t.lower() for t in tags] and not Path(pretrained).is_file():
+        raise ModelError(f"{name} has no weights or file {pretrained!r}: {nearest(pretrained, [*tags, RANDOM])}")
+    return _create(name, pretrained)
+
+
+def _load_path(path: Path) -> tuple[nn.Module, Tokenizer]:
+    import open_clip
+
+    if not path.is_file():
+        raise ModelError(f"there is no checkpoint {path}.")
+    with _reading(path):
+        weights = _state_dict(path)
+    if weights is None:
+        with _reading(path):
+            module = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
+        return module, open_clip.SimpleTokenizer(context_length=module.context_length)
+    fitting = [
+        name
+        for name in open_clip.list_models()
+        if _reason_unfit(config := open_clip.get_model_config(name)) is None and _fits(config, weights)
+    ]
+    if not fitting:
+        raise ModelError(
+            f"{path} fits no architecture that clipfast reads: build the module yourself and pass it to clipfast.load(module)."
+        )
+    if len(fitting) > 1:
+        raise ModelError(
+            f"{path} fits {' and '.join(fitting)}, which have the same shapes but compute differently: "
+            f"say which, as clipfast.load('{fitting[0]}', pretrained='{path.name}')."
+        )
+    return _create(fitting[0], str(path))
+
+
+def _state_dict(path: Path) -> Mapping[str, Tensor] | None:
+    """The weights in a checkpoint, or None for a TorchScript archive."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.load(str(path), map_location="cpu")
+        return None
+    except RuntimeError:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    stored = stored.get("state_dict", stored)
+    return {key.removeprefix("module."): value for key, value in stored.items()}
+
+
+def _create(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
+    import open_clip
+
+    with _reading(pretrained or name):
+        module = open_clip.create_model(name, pretrained=pretrained)
+        return module, open_clip.get_tokenizer(name)
+
+
+@contextmanager
+def _reading(source: object) -> Iterator[None]:
+    """open_clip, torch and safetensors each fail in their own way on a missing or broken file: one sentence for all."""
+    disabled = logging.root.manager.disable
+    try:
+        # open_clip and the hub's client log every retry and that random weights are random; the error below says it once.
+        logging.disable(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="QuickGELU mismatch")
+            yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(f"{source} cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
+    finally:
+        logging.disable(disabled)
+
+
+def _reason_unfit(config: Mapping[str, Any]) -> str | None:
+    """Why an open_clip configuration has no towers that clipfast reads, or None."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if "timm_model_name" in vision:
+        return f"has a timm image tower ({vision['timm_model_name']})"
+    if isinstance(vision.get("layers"), list):
+        return "has a ResNet image tower"
+    if "hf_model_name" in text:
+        return f"has a Hugging Face text tower ({text['hf_model_name']})"
+    if vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok":
+        return "does not pool a class token"
+    if text.get("embed_cls") or text.get("use_pad_mask") or "multimodal_cfg" in config:
+        return "has a CoCa text tower"
+    if vision.get("block_type") or text.get("block_type"):
+        return "has blocks with extra norms"
+    return None
+
+
+def _fits(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
+    """Whether a configuration has the shapes of a state dict; head counts and activations leave no trace in them."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    prefix = "text." if "text.token_embedding.weight" in weights else ""
+    width, patch = vision.get("width", 768), vision.get("patch_size", 16)
+    size = vision.get("image_size", 224)
+    height, wide = (size, size) if isinstance(size, int) else size
+    expected = {
+        "visual.conv1.weight": (width, 3, patch, patch),
+        "visual.positional_embedding": (1 + (height // patch) * (wide // patch), width),
+        "visual.proj": (width, config["embed_dim"]),
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": (int(width * vision.get("mlp_ratio", 4)), width),
+        f"{prefix}token_embedding.weight": (text.get("vocab_size", 49408), text.get("width", 512)),
+        f"{prefix}positional_embedding": (text.get("context_length", 77), text.get("width", 512)),
+    }
+    if any(name not in weights or tuple(weights[name].shape) != shape for name, shape in expected.items()):
+        return False
+    if bool(prefix) != bool(config.get("custom_text")):
+        return False
+    if ("visual.transformer.resblocks.0.ls_1.gamma" in weights) != (vision.get("ls_init_value") is not None):
+        return False
+    return all(
+        f"{stem}.resblocks.{layers - 1}.ln_1.weight" in weights and f"{stem}.resblocks.{layers}.ln_1.weight" not in weights
+        for stem, layers in (
+            ("visual.transformer", vision.get("layers", 12)),
+            (f"{prefix}transformer", text.get("layers", 12)),
+        )
+    )

@@ -1,0 +1,194 @@
+"""A CLIP model as clipfast uses it: the user's module, read into two towers, with its tokenizer and input spec."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clipfast.data.geometry import InputSpec, spec_of
+from clipfast.errors import InputError, ModelError, TextError, nearest
+from clipfast.models.openclip import image_tower, text_tower
+from clipfast.models.tower import ImageTower, TextTower
+
+Precision = Literal["float32", "bfloat16", "auto"] | None
+Tokenizer = Callable[[list[str]], Tensor]
+
+_TEXT_BATCH = 256
+
+
+class Model:
+    """A CLIP model and what goes with it. The module is only ever read: never called, hooked or changed.
+
+    module: open_clip's or OpenAI's CLIP. tokenizer: texts -> ids (B, T), or None when texts come as embeddings.
+    preprocess: an InputSpec, a torchvision Compose to read one from, or None for the module's own.
+    name: what results call the model.
+
+    Raises ModelError when the structure does not fit, InputError for a preprocessing that cannot be read.
+    """
+
+    def __init__(
+        self, module: nn.Module, tokenizer: Tokenizer | None = None, preprocess: Any = None, name: str | None = None
+    ):
+        self.module = module
+        self.tokenizer = tokenizer
+        self.name = name or type(module).__name__
+        self._towers: dict[torch.dtype | None, tuple[Any, ImageTower, TextTower]] = {}
+        tower, _ = self.towers()
+        if preprocess is None:
+            self.spec = _own_spec(module, tower)
+        elif isinstance(preprocess, InputSpec):
+            self.spec = replace(preprocess, patch=tower.patch_size)
+        else:
+            self.spec = spec_of(preprocess, tower.patch_size)
+
+    def __repr__(self) -> str:
+        tower, _ = self.towers()
+        return (
+            f"<clipfast model {self.name}: {tower.depth} x {tower.width}, patch {tower.patch_size[0]}, "
+            f"input {self.spec.size[0]} x {self.spec.size[1]}, embedding {tower.embed_dim}, {tower.dtype}, {tower.device}>"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.towers()[0].device
+
+    def towers(self, precision: Precision = None) -> tuple[ImageTower, TextTower]:
+        """The image and the text tower with their trunks in `precision`; None runs the weights as they are.
+
+        Towers share the module's tensors (casts are cached), and are read anew when the module's parameters were
+        replaced or changed, so that an explainer made before a fine-tuning step explains the model after it.
+        """
+        dtype = self._dtype(precision)
+        state = _fingerprint(self.module)
+        cached = self._towers.get(dtype)
+        if cached is None or cached[0] != state:
+            with torch.no_grad():
+                cached = (state, image_tower(self.module, dtype), text_tower(self.module, dtype))
+            self._towers[dtype] = cached
+        return cached[1], cached[2]
+
+    def _dtype(self, precision: Precision) -> torch.dtype | None:
+        if precision is None:
+            return None
+        if precision == "auto":
+            device = next(self.module.parameters()).device
+            return torch.bfloat16 if multiplies_bfloat16(device) else None
+        try:
+            return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+        except KeyError:
+            raise InputError(
+                f"precision {precision!r} is unknown: {nearest(str(precision), ['float32', 'bfloat16', 'auto'])}"
+            ) from None
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids (P, T) on the model's device.
+
+        Raises TextError for an empty text, a text that is no string, or when the model came without a tokenizer; warns
+        with what was cut from texts longer than the context.
+        """
+        if self.tokenizer is None:
+            raise TextError(
+                f"{self.name} was loaded without a tokenizer: pass tokenizer= to clipfast.load, or texts as unit embeddings (P, E)."
+            )
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TextError(f"text {i} is a {type(text).__name__}: texts are strings, or one tensor of embeddings (P, E).")
+            if not text.strip():
+                raise TextError(f"text {i} is empty: give at least one word.")
+            self._warn_if_cut(text)
+        ids = self.tokenizer(list(texts))
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            raise TextError(f"the tokenizer of {self.name} must return a tensor of ids (texts, length).")
+        context = self.towers()[1].context_length
+        if ids.shape[1] > context:
+            raise TextError(
+                f"the tokenizer of {self.name} gave {ids.shape[1]} tokens a text, the model takes {context}: pass the model's own tokenizer."
+            )
+        return ids.to(self.device)
+
+    def _warn_if_cut(self, text: str) -> None:
+        encode = getattr(self.tokenizer, "encode", None)
+        decoder = getattr(self.tokenizer, "decoder", None)
+        if encode is None or decoder is None:
+            return
+        room = self.towers()[1].context_length - 2
+        pieces = encode(text)
+        if len(pieces) > room:
+            lost = self.spell(pieces[room:])
+            warnings.warn(
+                f"a text of {len(pieces)} tokens was cut to the {room} that {self.name} takes; lost: {lost!r}", stacklevel=4
+            )
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of some token ids."""
+        tokenizer: Any = self.tokenizer
+        joined = "".join(tokenizer.decoder[int(i)] for i in ids)
+        if hasattr(tokenizer, "byte_decoder"):
+            joined = bytearray(tokenizer.byte_decoder[c] for c in joined).decode("utf-8", errors="replace")
+        return joined.replace("</w>", " ").strip()
+
+    def words(self, ids: Tensor, pooled: int) -> list[tuple[str, list[int]]]:
+        """The words of one row of token ids (T,), each with its positions: everything between SOT and EOT.
+
+        A word ends where its last piece carries BPE's end mark. Raises TextError for a tokenizer that has no `decoder`.
+        """
+        decoder = getattr(self.tokenizer, "decoder", None)
+        if decoder is None:
+            raise TextError(
+                f"words cannot be told apart: the tokenizer of {self.name} has no `decoder` from ids to BPE pieces, as open_clip's has."
+            )
+        words: list[tuple[str, list[int]]] = []
+        positions: list[int] = []
+        for position in range(1, pooled):
+            positions.append(position)
+            if decoder[int(ids[position])].endswith("</w>") or position == pooled - 1:
+                words.append((self.spell(ids[positions].tolist()), positions))
+                positions = []
+        return words
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], precision: Precision = None) -> Tensor:
+        """Unit embeddings (P, E) of texts, equal to the model's own.
+
+        Texts run sorted by length, so that short ones do not pay for the padding of long ones.
+        """
+        _, tower = self.towers(precision)
+        ids = self.tokenize(texts)
+        order = tower.pooled(ids).argsort(stable=True)
+        found = torch.empty(len(texts), tower.embed_dim, dtype=tower.tail.proj.dtype, device=ids.device)
+        for chunk in order.split(_TEXT_BATCH):
+            found[chunk] = tower.encode(ids[chunk])
+        return found
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has native bfloat16 products; elsewhere they are emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def _fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters())
+
+
+def _own_spec(module: Any, tower: ImageTower) -> InputSpec:
+    visual = module.visual
+    config = dict(getattr(visual, "preprocess_cfg", None) or {})
+    (ph, pw), (gh, gw) = tower.patch_size, tower.grid
+    config.setdefault("size", getattr(visual, "image_size", None) or (gh * ph, gw * pw))
+    for key, name in (("mean", "image_mean"), ("std", "image_std")):
+        if getattr(visual, name, None) is not None:
+            config.setdefault(key, getattr(visual, name))
+    try:
+        return InputSpec.from_open_clip(config, tower.patch_size)
+    except InputError as error:
+        raise ModelError(f"the module's own preprocessing cannot be used: {error}") from error

@@ -1,0 +1,315 @@
+"""What explaining returns: maps of images, values of words, and attribution features."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipfast.data.geometry import Geometry
+from clipfast.data.images import read_image
+from clipfast.errors import ImageError, InputError, TextError
+from clipfast.methods.grad_eclip import Relu, combine
+from clipfast.ops.minmax import minmax
+
+Source = str | Path | Image.Image | None
+
+
+@dataclass
+class Words:
+    """A text's map: what each word does for the score with one image.
+
+    words: the W words; values (W,): the sum over each word's BPE pieces, raw. tokens and token_values: the pieces
+    themselves. score: cosine similarity, equal to the model's own.
+    """
+
+    text: str
+    words: list[str]
+    values: Tensor
+    tokens: list[str]
+    token_values: Tensor
+    score: float
+
+    def pairs(self) -> list[tuple[str, float]]:
+        """(word, value) in the order of the text."""
+        return list(zip(self.words, self.values.tolist(), strict=True))
+
+    def __str__(self) -> str:
+        return "  ".join(f"{word} {value:.3g}" for word, value in self.pairs())
+
+
+@dataclass
+class Attribution:
+    """The maps of B images and P prompts.
+
+    maps: (B, P, h, w) on the patch grid, raw, on the model's device; a list of B tensors (P, h_i, w_i) where images kept
+        aspects of their own. scores (B, P): cosine similarities, equal to the model's own.
+    texts: the prompts, or None for embeddings; for matched pairs text i belongs to image i, and P is 1.
+    errors: images that could not be read, by index; their maps and scores are NaN.
+    seconds: time from images to maps, decoding included.
+    """
+
+    maps: Tensor | list[Tensor]
+    scores: Tensor
+    texts: list[str] | None
+    sources: list[Source]
+    geometries: list[Geometry | None]
+    method: str
+    model: str
+    seconds: float
+    pairs: bool = False
+    errors: dict[int, ImageError] = field(default_factory=dict)
+    words: dict[int, list[Words]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        shape = tuple(self.maps.shape) if isinstance(self.maps, Tensor) else f"{len(self.maps)} of different sizes"
+        return f"<Attribution of {self.method} on {self.model}: maps {shape}, {len(self.errors)} failed, {self.seconds:.2f} s>"
+
+    def prompts(self, index: int) -> list[str]:
+        """The prompts of image `index`; numbers where the texts came as embeddings."""
+        if self.texts is None:
+            return [f"prompt {p}" for p in ([index] if self.pairs else range(self.scores.shape[1]))]
+        return [self.texts[index]] if self.pairs else self.texts
+
+    def normalized(self) -> Tensor | list[Tensor]:
+        """The maps with each min-maxed to [0, 1]; constant maps become zeros."""
+        if isinstance(self.maps, Tensor):
+            return _unit(self.maps)
+        return [_unit(m) for m in self.maps]
+
+    def resize(self, index: int | None = None, *, normalize: bool = False) -> Any:
+        """Maps on each image's original pixels: a list of B tensors (P, H_i, W_i), or one of them for `index`.
+
+        Bilinear between patch centres; zero where the model did not look (outside a centre crop). Inputs that came as
+        normalised tensors go to the tensor's own size. normalize: min-max each map first.
+        """
+        if index is None:
+            return [self.resize(i, normalize=normalize) for i in range(len(self))]
+        maps = _unit(self.maps[index]) if normalize else self.maps[index]
+        geometry = self.geometries[index]
+        if geometry is None:
+            raise self.errors.get(index) or InputError(f"image {index} has no geometry to resize its maps to.")
+        return geometry.to_image(maps)
+
+    def title(self, index: int) -> str:
+        """A name for image `index`: its file's, or its number."""
+        source = self.sources[index]
+        return Path(source).name if isinstance(source, str | Path) else f"image {index}"
+
+    def picture(self, index: int) -> Image.Image | None:
+        """The original image, read again from its file; None for inputs that came as normalised tensors."""
+        source = self.sources[index]
+        return None if source is None else read_image(source)
+
+    def save(self, folder: str | Path, *, overlays: bool = True) -> list[Path]:
+        """Write one .npz of raw maps an image and, with `overlays`, one PNG a prompt; returns the paths.
+
+        The .npz holds maps (P, h, w), scores (P,), texts, box (left, top, right, bottom of the input in original
+        pixels) and size (height, width of the original).
+        """
+        from clipfast.view.overlay import overlay
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        stems = _unique([_slug(Path(self.title(i)).stem) for i in range(len(self))])
+        for i, stem in enumerate(stems):
+            geometry = self.geometries[i]
+            if geometry is None:
+                continue
+            path = folder / f"{stem}.npz"
+            partial = path.with_suffix(".npz.partial")
+            with partial.open("wb") as file:
+                np.savez_compressed(
+                    file,
+                    maps=self.maps[i].cpu().numpy(),
+                    scores=self.scores[i].cpu().numpy(),
+                    texts=np.array(self.prompts(i)),
+                    box=np.array(geometry.box),
+                    size=np.array((geometry.height, geometry.width)),
+                )
+            partial.replace(path)
+            written.append(path)
+            picture = self.picture(i) if overlays else None
+            if picture is None:
+                continue
+            names = _unique([_slug(prompt) for prompt in self.prompts(i)])
+            for prompt, heat in zip(names, self.resize(i, normalize=True), strict=True):
+                written.append(folder / f"{stem}--{prompt}.png")
+                overlay(picture, heat).save(written[-1])
+        return written
+
+    def report(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page: every image with its maps, scores and words."""
+        from clipfast.view.report import ReportItem, write_report
+
+        items = []
+        for i in range(len(self)):
+            picture = None if i in self.errors else self.picture(i)
+            if picture is not None:
+                words = {w.text: w.pairs() for w in self.words.get(i, [])}
+                items.append(
+                    ReportItem(
+                        title=self.title(i),
+                        image=picture,
+                        prompts=self.prompts(i),
+                        heat=self.resize(i, normalize=True),
+                        scores=self.scores[i].tolist(),
+                        words=words or None,
+                    )
+                )
+        failures = {self.title(i): str(error) for i, error in self.errors.items()}
+        write_report(path, items, method=self.method, model=self.model, seconds=self.seconds, failures=failures)
+        return Path(path)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One plain record an image: name, prompts, scores, where each map peaks (x, y in original pixels), words, error."""
+        records: list[dict[str, Any]] = []
+        for i in range(len(self)):
+            record: dict[str, Any] = {"image": self.title(i)}
+            if i in self.errors:
+                records.append({**record, "error": str(self.errors[i])})
+                continue
+            record["prompts"] = [
+                {"text": text, "score": score, "peak": _peak(m, self.geometries[i])}
+                for text, score, m in zip(self.prompts(i), self.scores[i].tolist(), self.maps[i], strict=True)
+            ]
+            if i in self.words:
+                record["words"] = [{"text": w.text, "score": w.score, "words": w.pairs()} for w in self.words[i]]
+            records.append(record)
+        return records
+
+
+@dataclass
+class Features:
+    """Attribution features of B images: the maps of any text, at any time, without the image tower.
+
+    values (B, n, E) and weights (B, n), so that map_i(t) = weight_i ReLU(value_i . t) for a unit text embedding t;
+    (B, L, n, E) and (B, L, n) where L layers are explained and ReLU comes before their sum. embeddings (B, E): unit.
+    relu: "each" layer, the "sum" of layers, or "none" (signed maps). grid: (h, w).
+    """
+
+    values: Tensor
+    weights: Tensor
+    embeddings: Tensor
+    grid: tuple[int, int]
+    relu: Relu
+    sources: list[Source]
+    geometries: list[Geometry | None]
+    method: str
+    model: str
+    encode: Callable[[Any], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def maps(self, texts: str | Sequence[str] | Tensor) -> Attribution:
+        """The maps of all images for texts (strings, or unit embeddings (P, E)).
+
+        Raises TextError for strings where the features came from a file, and so without the model's text tower.
+        """
+        names = None if isinstance(texts, Tensor) else [texts] if isinstance(texts, str) else list(texts)
+        if self.encode is None and names is not None:
+            raise TextError(
+                "features read from a file know no text tower: pass unit embeddings (P, E), as model.encode_texts gives them."
+            )
+        started = time.perf_counter()
+        wanted = texts if self.encode is None else self.encode(texts)
+        values, weights = (self.values, self.weights) if self.values.ndim == 4 else (self.values[:, None], self.weights[:, None])
+        out = values.new_empty(len(values), len(wanted), values.shape[2])
+        combine(weights.unbind(1), values.unbind(1), wanted, self.relu, out)
+        return Attribution(
+            maps=out.unflatten(-1, self.grid),
+            scores=self.embeddings @ wanted.T,
+            texts=names,
+            sources=self.sources,
+            geometries=self.geometries,
+            method=self.method,
+            model=self.model,
+            seconds=time.perf_counter() - started,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the features to one .safetensors file; `Features.load` reads it back."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        about = {
+            "grid": self.grid,
+            "relu": self.relu,
+            "method": self.method,
+            "model": self.model,
+            "sources": [str(s) if isinstance(s, str | Path) else None for s in self.sources],
+            "geometries": [None if g is None else (g.height, g.width, g.box, g.input, g.covered) for g in self.geometries],
+        }
+        tensors = {"values": self.values, "weights": self.weights, "embeddings": self.embeddings}
+        partial = path.with_name(path.name + ".partial")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"clipfast": json.dumps(about)})
+        partial.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Features:
+        """Features from a file that `save` wrote. Texts then come as embeddings (P, E).
+
+        Raises InputError for a file that is not one.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as stored:
+                about = json.loads((stored.metadata() or {})["clipfast"])
+                tensors = {name: stored.get_tensor(name) for name in ("values", "weights", "embeddings")}
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise InputError(f"{path} does not hold attribution features as Features.save writes them: {error}") from error
+        geometries = [
+            None if g is None else Geometry(g[0], g[1], tuple(g[2]), tuple(g[3]), tuple(g[4])) for g in about["geometries"]
+        ]
+        return cls(
+            **tensors,
+            grid=tuple(about["grid"]),
+            relu=about["relu"],
+            sources=about["sources"],
+            geometries=geometries,
+            method=about["method"],
+            model=about["model"],
+        )
+
+
+def _unit(maps: Tensor) -> Tensor:
+    return minmax(maps.flatten(-2), constant=0.0).unflatten(-1, maps.shape[-2:])
+
+
+def _peak(m: Tensor, geometry: Geometry | None) -> list[float] | None:
+    """(x, y) in original pixels of the centre of a map's hottest patch; None for a map without heat."""
+    if geometry is None or not bool(m.max() > m.min()):
+        return None
+    row, column = divmod(int(m.argmax()), m.shape[1])
+    height, width = geometry.covered
+    at = geometry.from_input(torch.tensor(((column + 0.5) * width / m.shape[1], (row + 0.5) * height / m.shape[0])))
+    return [round(v, 1) for v in at.tolist()]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:60] or "unnamed"
+
+
+def _unique(names: list[str]) -> list[str]:
+    taken: dict[str, int] = {}
+    found = []
+    for name in names:
+        taken[name] = taken.get(name, 0) + 1
+        found.append(name if taken[name] == 1 else f"{name}-{taken[name]}")
+    return found
