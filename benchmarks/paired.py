@@ -1,4 +1,5 @@
-"""The one timer every benchmark uses: functions take turns (A B A B ...), so that a busy machine slows all of them alike.
+"""The one timer every benchmark uses: functions take turns (A B A B ...), so that a busy machine slows all of them
+alike.
 
 A figure worth keeping is a ratio: of each round's times, one round at a time, and then the median over the rounds.
 """
@@ -20,8 +21,8 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """The times of one function. `seconds` holds one entry a round; `ratio` is the median over the rounds of this function's
-    time over the first function's time in the same round."""
+    """The times of one function. `seconds` holds one entry a round; `ratio` is the median over the rounds of this
+    function's time over the first function's time in the same round."""
 
     seconds: tuple[float, ...]
     ratio: float
@@ -65,10 +66,13 @@ def _seconds(function: Callable[[], object]) -> float:
     return elapsed
 
 
-def report(benchmark: Any, functions: dict[str, Callable[[], object]], repeats: int = 7, warmup: int = 2) -> dict[str, Timing]:
+def report(
+    benchmark: Any, functions: dict[str, Callable[[], object]], repeats: int = 7, warmup: int = 2
+) -> dict[str, Timing]:
     """`paired` inside a pytest-benchmark test: the medians and ratios land in the suite's JSON as `extra_info`.
 
-    `benchmark` is the fixture of that name. Its own clock covers the whole interleaved run, which means nothing by itself.
+    `benchmark` is the fixture of that name. Its own clock covers the whole interleaved run, which means nothing by
+    itself.
     """
     timings: dict[str, Timing] = benchmark.pedantic(paired, (functions, repeats, warmup), rounds=1, iterations=1)
     benchmark.extra_info["machine"] = machine()
