@@ -1,0 +1,80 @@
+"""Heat maps over pictures."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipfast.errors import InputError
+
+Heat = np.ndarray | Tensor
+
+# Below the first value a map is transparent, above the second it has its full weight.
+_RAMP = (0.12, 0.75)
+
+
+@cache
+def palette(name: str = "heat") -> np.ndarray:
+    """Colour and weight of heat 0..1 in 256 steps: uint8 (256, 4) red, green, blue, alpha; read-only.
+
+    "heat" is the bright part of matplotlib's inferno, ordered by lightness and so readable without colour vision;
+    any other name is matplotlib's own. All fade out where heat is low, but "jet", whose weight is the same everywhere,
+    as in the field's older figures.
+
+    Raises InputError for an unknown name.
+    """
+    import matplotlib
+
+    at = np.linspace(0, 1, 256)
+    known = matplotlib.colormaps
+    if name != "heat" and name not in known:
+        raise InputError(f"no colour map is called {name!r}: 'heat', 'jet' and matplotlib's names are known.")
+    rgba = known["inferno"](0.3 + 0.68 * at) if name == "heat" else known[name](at)
+    if name != "jet":
+        ramp = np.clip((at - _RAMP[0]) / (_RAMP[1] - _RAMP[0]), 0, 1)
+        rgba[:, 3] = ramp * ramp * (3 - 2 * ramp)
+    table = np.rint(rgba * 255).astype(np.uint8)
+    table.setflags(write=False)
+    return table
+
+
+def checked(heat: Heat) -> np.ndarray:
+    """The map or maps as float32 on the CPU, in 0..1.
+
+    Raises InputError for values that are not finite or lie outside 0..1 (by more than rounding), and for empty maps.
+    """
+    values = torch.as_tensor(heat).detach().to("cpu", torch.float32).numpy()
+    if values.ndim < 2 or 0 in values.shape[-2:]:
+        raise InputError(f"a heat map must be (..., H, W) with pixels, not {values.shape}.")
+    if not np.isfinite(values).all():
+        raise InputError("a heat map holds values that are not finite: NaN or infinity cannot be drawn.")
+    if values.size and (values.min() < -1e-4 or values.max() > 1 + 1e-4):
+        raise InputError(
+            f"a heat map must lie in 0..1, not {values.min():.3g}..{values.max():.3g}: normalise it before it is drawn."
+        )
+    return np.clip(values, 0, 1)
+
+
+def overlay(image: Image.Image, heat: Heat, alpha: float | None = None, colormap: str = "heat") -> Image.Image:
+    """The picture with one map over it, as a new RGB image of the picture's size.
+
+    heat: (H, W) in 0..1, of any resolution: it is stretched over the picture, bilinear.
+    alpha: weight of the hottest colour, 0..1; by default 0.8, and 0.5 with "jet".
+    colormap: see `palette`.
+
+    Raises InputError for a heat map that is not finite, not in 0..1 or not two-dimensional, or alpha outside 0..1.
+    """
+    values = checked(heat)
+    if values.ndim != 2:
+        raise InputError(f"one heat map must be (H, W), not {values.shape}.")
+    alpha = (0.5 if colormap == "jet" else 0.8) if alpha is None else alpha
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha must lie in 0..1, not {alpha}.")
+    stretched = Image.fromarray(values).resize(image.size, Image.Resampling.BILINEAR)
+    table = palette(colormap)[np.rint(np.asarray(stretched) * 255).clip(0, 255).astype(np.uint8)]
+    weight = Image.fromarray(np.rint(table[..., 3] * alpha).astype(np.uint8))
+    return Image.composite(Image.fromarray(np.ascontiguousarray(table[..., :3])), image.convert("RGB"), weight)

@@ -1,0 +1,208 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const palettes = { palette: bytes(data.palette), jet: bytes(data.jet) };
+  const strongest = { palette: 80, jet: 50 };
+  const opacity = document.getElementById("opacity");
+  const choice = document.getElementById("palette");
+  const shown = new Set();
+
+  const make = (tag, className, text) => {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    return element;
+  };
+
+  // Decoded once for each map, on its first showing.
+  async function levels(prompt) {
+    if (!prompt.levels) {
+      const image = new Image();
+      image.src = prompt.map;
+      await image.decode();
+      const canvas = make("canvas");
+      canvas.width = image.width;
+      canvas.height = image.height;
+      const context = canvas.getContext("2d", { willReadFrequently: true });
+      context.drawImage(image, 0, 0);
+      const rgba = context.getImageData(0, 0, image.width, image.height).data;
+      const grey = new Uint8Array(rgba.length / 4);
+      for (let i = 0; i < grey.length; i++) grey[i] = rgba[4 * i];
+      prompt.levels = { grey, width: image.width, height: image.height };
+    }
+    return prompt.levels;
+  }
+
+  // Between map cells, heat is interpolated first and coloured after, as between patch centres.
+  function axis(pixels, cells) {
+    const low = new Int32Array(pixels), high = new Int32Array(pixels), weight = new Float32Array(pixels);
+    for (let i = 0; i < pixels; i++) {
+      const at = Math.min(Math.max(((i + 0.5) * cells) / pixels - 0.5, 0), cells - 1);
+      low[i] = Math.floor(at);
+      high[i] = Math.min(low[i] + 1, cells - 1);
+      weight[i] = at - low[i];
+    }
+    return { low, high, weight };
+  }
+
+  function paint(canvas, map, table) {
+    const { width, height } = canvas;
+    const context = canvas.getContext("2d");
+    const out = context.createImageData(width, height);
+    const x = axis(width, map.width), y = axis(height, map.height);
+    for (let j = 0, o = 0; j < height; j++) {
+      const upper = y.low[j] * map.width, lower = y.high[j] * map.width, v = y.weight[j];
+      for (let i = 0; i < width; i++, o += 4) {
+        const a = x.low[i], b = x.high[i], u = x.weight[i];
+        const top = map.grey[upper + a] * (1 - u) + map.grey[upper + b] * u;
+        const bottom = map.grey[lower + a] * (1 - u) + map.grey[lower + b] * u;
+        const at = 4 * Math.round(top * (1 - v) + bottom * v);
+        out.data[o] = table[at];
+        out.data[o + 1] = table[at + 1];
+        out.data[o + 2] = table[at + 2];
+        out.data[o + 3] = table[at + 3];
+      }
+    }
+    context.putImageData(out, 0, 0);
+  }
+
+  function wordsOf(prompt) {
+    const box = make("div", "words");
+    box.append(make("p", "", "Words: green speaks for the match, red against it"));
+    for (const { word, value, strength } of prompt.words) {
+      const [r, g, b] = strength > 0 ? data.colours.for : data.colours.against;
+      const span = make("span", "", word);
+      span.style.background = `rgba(${r}, ${g}, ${b}, ${Math.abs(strength) * 0.75})`;
+      span.title = (value > 0 ? "+" : "") + value.toPrecision(3);
+      box.append(span);
+    }
+    return box;
+  }
+
+  function card(item, number) {
+    const article = make("article", "card");
+    const picture = make("div", "picture"), stack = make("div", "stack");
+    const image = make("img"), canvas = make("canvas");
+    image.src = item.image;
+    image.alt = item.title;
+    image.width = item.width;
+    image.height = item.height;
+    image.style.height = "auto";
+    image.style.aspectRatio = `${item.width} / ${item.height}`;
+    const scale = Math.min(1, 640 / Math.max(item.width, item.height));
+    canvas.width = Math.max(1, Math.round(item.width * Math.max(scale, 0.01)));
+    canvas.height = Math.max(1, Math.round(item.height * Math.max(scale, 0.01)));
+    canvas.setAttribute("aria-hidden", "true");
+    stack.append(image, canvas);
+    picture.append(stack);
+
+    const side = make("div", "side"), head = make("div");
+    head.append(make("h2", "", item.title), make("p", "meta", `${item.width} × ${item.height} pixels`));
+    side.append(head);
+    const list = make("fieldset", "prompts"), words = make("div");
+    const legend = make("legend");
+    legend.append(make("span", "", "Prompt"), make("span", "", "Similarity"));
+    list.append(legend);
+    const lowest = Math.min(0, ...item.prompts.map((p) => p.score));
+    const highest = Math.max(0, ...item.prompts.map((p) => p.score));
+    const span = highest - lowest || 1;
+    const inputs = item.prompts.map((prompt, index) => {
+      const row = make("label", "prompt"), input = make("input");
+      input.type = "radio";
+      input.name = `image-${number}`;
+      input.addEventListener("change", () => state.show(index));
+      const track = make("span", "track"), fill = make("i");
+      fill.style.left = `${(100 * (Math.min(prompt.score, 0) - lowest)) / span}%`;
+      fill.style.width = `${(100 * Math.abs(prompt.score)) / span}%`;
+      track.append(fill);
+      row.append(input, make("span", "text", prompt.text), make("span", "score", prompt.score.toFixed(3)), track);
+      list.append(row);
+      return input;
+    });
+    if (item.prompts.length > 12) {
+      const search = make("input");
+      search.type = "search";
+      search.placeholder = `Find among ${item.prompts.length.toLocaleString("en")} prompts`;
+      search.setAttribute("aria-label", search.placeholder);
+      search.addEventListener("input", () => {
+        const wanted = search.value.toLowerCase();
+        inputs.forEach((input, i) => { input.parentElement.hidden = !item.prompts[i].text.toLowerCase().includes(wanted); });
+      });
+      side.append(search);
+    }
+    side.append(list, words);
+    article.append(picture, side);
+
+    const state = {
+      index: -1,
+      length: item.prompts.length,
+      async draw() {
+        const prompt = item.prompts[state.index];
+        if (!prompt || !shown.has(state)) return;
+        const map = await levels(prompt);
+        if (prompt === item.prompts[state.index]) paint(canvas, map, palettes[choice.value]);
+      },
+      show(index) {
+        state.index = index;
+        inputs[index].checked = true;
+        const prompt = item.prompts[index];
+        words.replaceChildren();
+        if (prompt.words && prompt.words.length) words.append(wordsOf(prompt));
+        image.alt = `${item.title}, heat map for: ${prompt.text}`;
+        state.draw();
+      },
+      canvas,
+      article,
+    };
+    if (!item.prompts.length) list.replaceWith(make("p", "empty", "No prompts."));
+    return state;
+  }
+
+  const cards = data.items.map(card);
+  document.getElementById("items").append(...cards.map((c) => c.article));
+
+  // Maps off the screen wait: a report may hold thousands.
+  const watcher = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      const state = cards[Number(entry.target.dataset.index)];
+      if (entry.isIntersecting) { shown.add(state); state.draw(); } else { shown.delete(state); }
+    }
+  }, { rootMargin: "400px" });
+  cards.forEach((state, index) => {
+    state.article.dataset.index = index;
+    if (state.length) state.show(0);
+    watcher.observe(state.article);
+  });
+
+  function fade() {
+    document.getElementById("percent").value = `${opacity.value} %`;
+    for (const state of cards) state.canvas.style.opacity = opacity.value / 100;
+  }
+
+  function legend() {
+    const context = document.getElementById("legend").getContext("2d");
+    const out = context.createImageData(256, 1);
+    out.data.set(palettes[choice.value]);
+    context.putImageData(out, 0, 0);
+  }
+
+  function step(by) {
+    for (const state of cards) {
+      if (state.length) state.show((state.index + by + state.length) % state.length);
+    }
+  }
+
+  opacity.addEventListener("input", fade);
+  choice.addEventListener("change", () => {
+    opacity.value = strongest[choice.value];
+    fade();
+    legend();
+    cards.forEach((state) => state.draw());
+  });
+  document.getElementById("previous").addEventListener("click", () => step(-1));
+  document.getElementById("next").addEventListener("click", () => step(1));
+  document.getElementById("bar").hidden = !cards.some((state) => state.length);
+  fade();
+  legend();
+})();

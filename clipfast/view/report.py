@@ -1,0 +1,202 @@
+"""One HTML file that shows what was explained: no server, no network, nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clipfast.errors import InputError
+from clipfast.view import words as colours
+from clipfast.view.files import encode_image, write_file
+from clipfast.view.overlay import Heat, checked, palette
+
+# Maps come from a few dozen patches a side: stored no wider than this and interpolated by the page, they lose nothing.
+_MAP_SIDE = 112
+_IMAGE_SIDE = 1024
+
+
+@dataclass(frozen=True)
+class ReportItem:
+    """One explained image of a report.
+
+    title: its caption, for instance the file name.
+    image: the picture.
+    prompts: P texts.
+    heat: (P, H, W) in 0..1, of any resolution: each map is stretched over the whole picture.
+    scores: P numbers, the cosine similarities.
+    words: for some of the prompts, (word, value) in reading order.
+    """
+
+    title: str
+    image: Image.Image
+    prompts: Sequence[str]
+    heat: Heat
+    scores: Sequence[float]
+    words: Mapping[str, Sequence[tuple[str, float]]] | None = None
+
+
+def write_report(
+    path: str | Path,
+    items: Sequence[ReportItem],
+    *,
+    method: str,
+    model: str,
+    seconds: float,
+    failures: Mapping[str, str] | None = None,
+    title: str = "Heat maps",
+    note: str = "",
+    created: datetime | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the report, whole or not at all, and return its path.
+
+    method, model: their names, shown in the header with the number of images and maps and the time.
+    seconds: how long explaining took.
+    failures: name and one sentence for each image that could not be explained.
+    note: a sentence under the heading.
+    created: shown in the header, by default now; with it and `versions` given, the same input writes the same bytes.
+    versions: names and versions in the footer, by default of clipfast, torch and Python.
+
+    Raises InputError for maps, scores or words that are not finite or do not fit the prompts; OSError as the file
+    system does.
+    """
+    data = {
+        "palette": _base64(palette("heat").tobytes()),
+        "jet": _base64(palette("jet").tobytes()),
+        "colours": {"for": colours.FOR, "against": colours.AGAINST},
+        "items": [_item(item) for item in items],
+    }
+    maps = sum(len(item.prompts) for item in items)
+    facts = {
+        "Method": method,
+        "Model": model,
+        "Images": f"{len(items):,}",
+        "Maps": f"{maps:,}",
+        "Time": _duration(seconds),
+        "Made": (created or datetime.now()).strftime("%Y-%m-%d %H:%M"),
+    }
+    page = _template("report.html").substitute(
+        title=html.escape(title),
+        note=f'<p class="note">{html.escape(note)}</p>' if note else "",
+        facts="".join(f"<div><dt>{k}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items()),
+        failures=_failures(failures or {}),
+        versions=html.escape(" · ".join(f"{k} {v}" for k, v in (versions or _versions()).items())),
+        style=_text("report.css"),
+        script=_text("report.js"),
+        data=_inert(data),
+    )
+    return write_file(path, page.encode())
+
+
+def _item(item: ReportItem) -> dict[str, Any]:
+    heat = checked(item.heat)
+    count = len(item.prompts)
+    if heat.ndim != 3 or len(heat) != count or len(item.scores) != count:
+        raise InputError(
+            f"{item.title}: {count} prompts need heat of shape ({count}, H, W) and {count} scores,"
+            f" not {heat.shape} and {len(item.scores)}."
+        )
+    if not all(math.isfinite(s) for s in item.scores):
+        raise InputError(f"{item.title}: a score is not finite.")
+    words = item.words or {}
+    return {
+        "title": item.title,
+        "image": "data:image/jpeg;base64," + _base64(_jpeg(item.image)),
+        "width": item.image.width,
+        "height": item.image.height,
+        "prompts": [
+            {
+                "text": prompt,
+                "score": round(float(score), 6),
+                "map": "data:image/png;base64," + _base64(_png(values)),
+                "words": _words(words[prompt]) if prompt in words else None,
+            }
+            for prompt, score, values in zip(item.prompts, item.scores, heat, strict=True)
+        ],
+    }
+
+
+def _words(pairs: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    strengths = colours.strengths([value for _, value in pairs])
+    return [
+        {"word": word, "value": float(value), "strength": round(strength, 4)}
+        for (word, value), strength in zip(pairs, strengths, strict=True)
+    ]
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    small = image.convert("RGB")
+    small.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE), Image.Resampling.LANCZOS)
+    return encode_image(small, "JPEG", quality=86, optimize=True)
+
+
+def _png(values: np.ndarray) -> bytes:
+    height, width = values.shape
+    scale = min(1.0, _MAP_SIDE / max(height, width))
+    small = Image.fromarray(values)
+    if scale < 1:
+        size = (max(round(width * scale), 1), max(round(height * scale), 1))
+        small = small.resize(size, Image.Resampling.BILINEAR)
+    grey = np.rint(np.asarray(small) * 255).clip(0, 255).astype(np.uint8)
+    return encode_image(Image.fromarray(grey), "PNG", optimize=True)
+
+
+def _failures(failures: Mapping[str, str]) -> str:
+    if not failures:
+        return ""
+    rows = "".join(f"<li><b>{html.escape(name)}</b> {html.escape(why)}</li>" for name, why in failures.items())
+    noun = "image was" if len(failures) == 1 else "images were"
+    return f'<section class="failures"><h2>{len(failures)} {noun} not explained</h2><ul>{rows}</ul></section>'
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds // 60:,.0f} min {seconds % 60:.0f} s"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("clipfast", "torch"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "Python": platform.python_version()}
+
+
+def _inert(data: object) -> str:
+    """JSON that no text in it can end or turn into markup."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+@cache
+def _text(name: str) -> str:
+    return resources.files("clipfast.view").joinpath(name).read_text(encoding="utf-8")
+
+
+def _template(name: str) -> Template:
+    return Template(_text(name))
