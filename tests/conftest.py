@@ -1,0 +1,86 @@
+"""Small CLIP models with random weights: real structure and numerics, built in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import nn
+
+BuildClip = Callable[..., CLIP]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny products gain nothing from threads, and runs side by side lose by them."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def build_clip() -> BuildClip:
+    """A factory of small CLIPs: image_size, patch_size, layers, ls_init_value, quick_gelu, seed ..."""
+
+    def build(
+        *,
+        image_size: Any = 64,
+        patch_size: int = 16,
+        layers: int = 3,
+        quick_gelu: bool = False,
+        seed: int = 0,
+        vocab_size: int = 300,
+        embed_dim: int = 24,
+        context_length: int = 20,
+        text: dict[str, Any] | None = None,
+        **vision: Any,
+    ) -> CLIP:
+        torch.manual_seed(seed)
+        model = CLIP(
+            embed_dim=embed_dim,
+            vision_cfg=CLIPVisionCfg(
+                image_size=image_size, patch_size=patch_size, layers=layers, width=32, head_width=8, **vision
+            ),
+            text_cfg=CLIPTextCfg(
+                context_length=context_length, vocab_size=vocab_size, width=32, heads=4, layers=layers, **(text or {})
+            ),
+            quick_gelu=quick_gelu,
+        )
+        # Biases and norms start at zero and one, where mistakes about them cannot show.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
+        return model.eval()
+
+    return build
+
+
+class WordTokenizer:
+    """One token a word, for models with a vocabulary of a few hundred ids; the end of text is the largest id."""
+
+    def __init__(self, vocab_size: int = 300, context_length: int = 20):
+        self.context_length = context_length
+        self.sot_token_id, self.eot_token_id = vocab_size - 2, vocab_size - 1
+        self.decoder: dict[int, str] = {}
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for word in text.lower().split():
+            number = 1 + sum(ord(c) * (i + 7) for i, c in enumerate(word)) % (self.sot_token_id - 1)
+            self.decoder[number] = word + "</w>"
+            ids.append(number)
+        return ids
+
+    def __call__(self, texts: str | list[str]) -> torch.Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
+        ids = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        for row, text in zip(ids, texts, strict=True):
+            tokens = [self.sot_token_id, *self.encode(text)[: self.context_length - 2], self.eot_token_id]
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+
+@pytest.fixture
+def tokenizer() -> WordTokenizer:
+    return WordTokenizer()
