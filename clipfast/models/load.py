@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def load(
         module, own = _create("hf-hub:" + name[3:], None)
     elif Path(name).is_file() or Path(name).suffix in _CHECKPOINTS:
         module, own = _load_path(Path(name))
+        name = Path(name).name
     else:
         module, own = _load_named(name, None if pretrained is None else str(pretrained))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -164,8 +166,8 @@ def _reading(source: object) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")
             yield
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(f"{source} cannot be loaded: {reason[0] if reason else type(error).__name__}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{source} cannot be loaded: {shorten(reason, 300)}") from error
     finally:
         logging.disable(disabled)
 
