@@ -14,16 +14,16 @@ from clipfast.errors import InputError
 Heat = np.ndarray | Tensor
 
 # Below the first value a map is transparent, above the second it has its full weight.
-_RAMP = (0.12, 0.75)
+_RAMP = (0.08, 0.45)
 
 
 @cache
 def palette(name: str = "heat") -> np.ndarray:
     """Colour and weight of heat 0..1 in 256 steps: uint8 (256, 4) red, green, blue, alpha; read-only.
 
-    "heat" is the bright part of matplotlib's inferno, ordered by lightness and so readable without colour vision;
-    any other name is matplotlib's own. All fade out where heat is low, but "jet", whose weight is the same everywhere,
-    as in the field's older figures.
+    "heat" is matplotlib's inferno without its blackest part: ordered by lightness, so readable without colour vision,
+    and with a dark rim that shows on bright things too. Any other name is matplotlib's own. All fade out where heat is
+    low, but "jet", whose weight is the same everywhere, as in the field's older figures.
 
     Raises InputError for an unknown name.
     """
@@ -33,7 +33,7 @@ def palette(name: str = "heat") -> np.ndarray:
     known = matplotlib.colormaps
     if name != "heat" and name not in known:
         raise InputError(f"no colour map is called {name!r}: 'heat', 'jet' and matplotlib's names are known.")
-    rgba = known["inferno"](0.3 + 0.68 * at) if name == "heat" else known[name](at)
+    rgba = known["inferno"](0.12 + 0.86 * at) if name == "heat" else known[name](at)
     if name != "jet":
         ramp = np.clip((at - _RAMP[0]) / (_RAMP[1] - _RAMP[0]), 0, 1)
         rgba[:, 3] = ramp * ramp * (3 - 2 * ramp)
@@ -63,7 +63,7 @@ def overlay(image: Image.Image, heat: Heat, alpha: float | None = None, colormap
     """The picture with one map over it, as a new RGB image of the picture's size.
 
     heat: (H, W) in 0..1, of any resolution: it is stretched over the picture, bilinear.
-    alpha: weight of the hottest colour, 0..1; by default 0.8, and 0.5 with "jet".
+    alpha: weight of the hottest colour, 0..1; by default 0.75, and 0.5 with "jet".
     colormap: see `palette`.
 
     Raises InputError for a heat map that is not finite, not in 0..1 or not two-dimensional, or alpha outside 0..1.
@@ -71,7 +71,7 @@ def overlay(image: Image.Image, heat: Heat, alpha: float | None = None, colormap
     values = checked(heat)
     if values.ndim != 2:
         raise InputError(f"one heat map must be (H, W), not {values.shape}.")
-    alpha = (0.5 if colormap == "jet" else 0.8) if alpha is None else alpha
+    alpha = (0.5 if colormap == "jet" else 0.75) if alpha is None else alpha
     if not 0 <= alpha <= 1:
         raise InputError(f"alpha must lie in 0..1, not {alpha}.")
     stretched = Image.fromarray(values).resize(image.size, Image.Resampling.BILINEAR)

@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const palettes = { palette: bytes(data.palette), jet: bytes(data.jet) };
-  const strongest = { palette: 80, jet: 50 };
+  const strongest = { palette: 75, jet: 50 };
   const opacity = document.getElementById("opacity");
   const choice = document.getElementById("palette");
   const shown = new Set();
@@ -86,13 +86,11 @@
     const image = make("img"), canvas = make("canvas");
     image.src = item.image;
     image.alt = item.title;
-    image.width = item.width;
-    image.height = item.height;
-    image.style.height = "auto";
-    image.style.aspectRatio = `${item.width} / ${item.height}`;
-    const scale = Math.min(1, 640 / Math.max(item.width, item.height));
-    canvas.width = Math.max(1, Math.round(item.width * Math.max(scale, 0.01)));
-    canvas.height = Math.max(1, Math.round(item.height * Math.max(scale, 0.01)));
+    // Beyond 8 to 1 a picture is shown less narrow than it is, or nothing of it could be made out.
+    const aspect = Math.min(Math.max(item.width / item.height, 1 / 8), 8);
+    stack.style.setProperty("--aspect", aspect);
+    canvas.width = Math.round(640 * Math.min(aspect, 1));
+    canvas.height = Math.round(640 / Math.max(aspect, 1));
     canvas.setAttribute("aria-hidden", "true");
     stack.append(image, canvas);
     picture.append(stack);

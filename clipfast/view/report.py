@@ -27,6 +27,7 @@ from clipfast.view.overlay import Heat, checked, palette
 # Maps come from a few dozen patches a side: stored no wider than this and interpolated by the page, they lose nothing.
 _MAP_SIDE = 112
 _IMAGE_SIDE = 1024
+_NOTE = "Bright patches raise the similarity of image and prompt. Each map is scaled to its own brightest patch."
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def write_report(
     seconds: float,
     failures: Mapping[str, str] | None = None,
     title: str = "Heat maps",
-    note: str = "",
+    note: str = _NOTE,
     created: datetime | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Path:
@@ -158,7 +159,8 @@ def _png(values: np.ndarray) -> bytes:
 def _failures(failures: Mapping[str, str]) -> str:
     if not failures:
         return ""
-    rows = "".join(f"<li><b>{html.escape(name)}</b> {html.escape(why)}</li>" for name, why in failures.items())
+    sentences = [why if name in why else f"{name}: {why}" for name, why in failures.items()]
+    rows = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
     noun = "image was" if len(failures) == 1 else "images were"
     return f'<section class="failures"><h2>{len(failures)} {noun} not explained</h2><ul>{rows}</ul></section>'
 
