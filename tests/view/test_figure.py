@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipfast.errors import InputError
+from clipfast.view.figure import _font, _wrap, grid
+
+GREY = (90, 90, 90)
+
+
+def cells(sheet: Image.Image, size: int, count: int) -> list[np.ndarray]:
+    """The lower right pixel of each of the bottom row's cells."""
+    pixels, gap = np.asarray(sheet), max(size // 24, 4)
+    return [pixels[-gap - 1, gap + (i + 1) * size + i * gap - 1] for i in range(count)]
+
+
+def test_a_row_for_each_image_and_a_column_for_each_prompt():
+    images = [Image.new("RGB", (60, 60), GREY)] * 2
+    heat = np.stack([np.zeros((3, 3)), np.ones((3, 3))])
+    sheet = grid(images, [heat, heat], ["a dog", "a cat"], cell=60)
+    assert sheet.width == 4 + 3 * 64
+    original, cold, hot = cells(sheet, 60, 3)
+    assert tuple(original) == tuple(cold) == GREY
+    assert tuple(hot) != GREY
+    taller = grid(images, [heat, heat], ["a dog", "a cat"], cell=60, scores=[[0.1, 0.2]] * 2)
+    assert taller.height > sheet.height
+    assert (
+        taller.tobytes() == grid(images, [heat, heat], ["a dog", "a cat"], cell=60, scores=[[0.1, 0.2]] * 2).tobytes()
+    )
+
+
+def test_rows_may_have_their_own_prompts_and_shapes():
+    images = [Image.new("RGB", (300, 40)), Image.new("RGB", (5, 400)), Image.new("L", (1, 1))]
+    heat = [np.zeros((1, 2, 2)), np.zeros((3, 2, 2)), np.zeros((0, 2, 2))]
+    sheet = grid(images, heat, [["one"], ["one", "two", "three"], []], cell=48, titles=["x", "y", "z"])
+    assert sheet.width == 4 + 4 * 52
+
+
+def test_captions_wrap_and_are_cut_within_their_cell():
+    font = _font(12)
+    for text in ("word " * 40, "x" * 5000, "a b", "", "\n \t"):
+        lines = _wrap(text, font, 100)
+        assert 1 <= len(lines) <= 2
+        assert all(font.getlength(line) <= 100 for line in lines)
+    assert _wrap("a photo of a dog", font, 400) == ["a photo of a dog"]
+    assert _wrap("x" * 5000, font, 100)[0].endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("heat", "prompts", "more"),
+    [
+        ([np.zeros((2, 2, 2))], ["a"], {}),
+        ([np.zeros((2, 2))], ["a"], {}),
+        ([np.zeros((1, 2, 2))] * 2, ["a"], {}),
+        ([np.zeros((1, 2, 2))], [["a"], ["b"]], {}),
+        ([np.zeros((1, 2, 2))], ["a"], {"titles": []}),
+        ([np.zeros((1, 2, 2))], ["a"], {"scores": [[1.0, 2.0]]}),
+        ([np.full((1, 2, 2), np.nan)], ["a"], {}),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(heat, prompts, more):
+    with pytest.raises(InputError):
+        grid([Image.new("RGB", (4, 4))], heat, prompts, **more)
+    with pytest.raises(InputError, match="at least one"):
+        grid([], [], ["a"])

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipfast.errors import InputError
+from clipfast.view.overlay import overlay, palette
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+
+
+def lightness(colours: np.ndarray) -> np.ndarray:
+    return colours[:, :3].astype(float) @ [0.299, 0.587, 0.114]
+
+
+def test_default_palette_is_ordered_by_lightness_and_fades_in():
+    table = palette("heat")
+    assert (np.diff(lightness(table)) >= -1).all()
+    assert lightness(table)[255] - lightness(table)[0] > 150
+    assert table[0, 3] == 0
+    assert table[255, 3] == 255
+    assert (np.diff(table[:, 3].astype(int)) >= 0).all()
+    assert (palette("jet")[:, 3] == 255).all()
+
+
+def test_cold_maps_leave_the_picture_alone_and_hot_ones_colour_it(picture):
+    before = picture.tobytes()
+    assert overlay(picture, np.zeros((7, 7))).tobytes() == before
+    hot = np.asarray(overlay(picture, np.ones((7, 7)), alpha=1.0))
+    assert (hot == palette("heat")[255, :3]).all()
+    assert overlay(picture, np.ones((7, 7)), alpha=0.0).tobytes() == before
+    assert picture.tobytes() == before
+
+
+def test_jet_is_half_and_half_everywhere(picture):
+    cold = np.asarray(overlay(picture, np.zeros((2, 2)), colormap="jet")).astype(int)
+    mean = (np.asarray(picture).astype(int) + palette("jet")[0, :3]) / 2
+    assert np.abs(cold - mean).max() <= 2
+
+
+def test_heat_lands_where_it_is(picture):
+    heat = np.zeros((3, 5))
+    heat[2, 4] = 1
+    changed = (np.asarray(overlay(picture, heat)) != np.asarray(picture)).any(-1)
+    assert changed[25:, 45:].all()
+    assert not changed[:15].any()
+    assert not changed[:, :30].any()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_other_modes_and_tensors(picture, mode):
+    heat = torch.rand(4, 4, requires_grad=True).to(torch.bfloat16)
+    result = overlay(picture.convert(mode), heat)
+    assert (result.mode, result.size) == ("RGB", picture.size)
+    assert result.tobytes() == overlay(picture.convert(mode).convert("RGB"), heat.detach().float().numpy()).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("heat", "options", "words"),
+    [
+        (np.full((2, 2), np.nan), {}, "not finite"),
+        (np.full((2, 2), np.inf), {}, "not finite"),
+        (np.full((2, 2), 1.5), {}, "0..1"),
+        (np.full((2, 2), -0.5), {}, "0..1"),
+        (np.zeros((1, 2, 2)), {}, "must be"),
+        (np.zeros(4), {}, "must be"),
+        (np.zeros((0, 4)), {}, "with pixels"),
+        (np.zeros((2, 2)), {"alpha": 1.1}, "alpha"),
+        (np.zeros((2, 2)), {"alpha": float("nan")}, "alpha"),
+        (np.zeros((2, 2)), {"colormap": "infrno"}, "infrno"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(picture, heat, options, words):
+    with pytest.raises(InputError, match=words):
+        overlay(picture, heat, **options)
