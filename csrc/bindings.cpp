@@ -7,7 +7,6 @@
 #include <array>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #ifdef CLIPFAST_CUDA
 #include "cuda/mask_sequence.h"
@@ -37,12 +36,11 @@ clipfast::View view_of(std::uintptr_t address, const std::string& type, const St
 void mask_sequence(std::uintptr_t images, const std::string& image_type, const Strides& image_strides,
                    std::uintptr_t fill, const std::string& fill_type, const Strides& fill_strides,
                    std::uint64_t noise_seed, std::int64_t noise_first, std::uintptr_t ranks, bool wide_ranks,
-                   const Strides& rank_strides, const std::vector<std::int32_t>& counts,
-                   const std::vector<double>& mean, const std::vector<double>& std, bool deletion, std::int64_t prompts,
-                   std::int64_t channels, std::int64_t height, std::int64_t width, std::int64_t start,
-                   std::int64_t stop, std::uintptr_t out, const std::string& out_type, std::uintptr_t lane) {
-  const auto per_channel = static_cast<std::size_t>(channels);
-  if (prompts < 1 || counts.empty() || mean.size() != per_channel || std.size() != per_channel || start < 0)
+                   const Strides& rank_strides, std::uintptr_t counts, std::uintptr_t mean, std::uintptr_t std,
+                   bool deletion, std::int64_t prompts, std::int64_t steps, std::int64_t channels, std::int64_t height,
+                   std::int64_t width, std::int64_t start, std::int64_t stop, std::uintptr_t out,
+                   const std::string& out_type, std::uintptr_t lane) {
+  if (prompts < 1 || steps < 1 || start < 0)
     throw std::invalid_argument("mask_sequence was called with sizes that contradict each other");
   const clipfast::Type type = type_of(out_type);
   if (!clipfast::is_floating(type)) throw std::invalid_argument("mask_sequence writes floating-point images only");
@@ -55,12 +53,12 @@ void mask_sequence(std::uintptr_t images, const std::string& image_type, const S
   op.ranks = reinterpret_cast<const void*>(ranks);
   op.wide_ranks = wide_ranks;
   for (int i = 0; i < 4; ++i) op.rank_strides[i] = rank_strides[i];
-  op.counts = counts.data();
-  op.mean = mean.data();
-  op.std = std.data();
+  op.counts = reinterpret_cast<const std::int32_t*>(counts);
+  op.mean = reinterpret_cast<const void*>(mean);
+  op.std = reinterpret_cast<const void*>(std);
   op.deletion = deletion;
   op.prompts = prompts;
-  op.steps = static_cast<std::int64_t>(counts.size());
+  op.steps = steps;
   op.channels = channels;
   op.height = height;
   op.width = width;
@@ -85,7 +83,7 @@ PYBIND11_MODULE(CLIPFAST_MODULE, m, py::mod_gil_not_used()) {
   m.def("mask_sequence", &mask_sequence, py::kw_only(), py::arg("images"), py::arg("image_type"),
         py::arg("image_strides"), py::arg("fill"), py::arg("fill_type"), py::arg("fill_strides"), py::arg("noise_seed"),
         py::arg("noise_first"), py::arg("ranks"), py::arg("wide_ranks"), py::arg("rank_strides"), py::arg("counts"),
-        py::arg("mean"), py::arg("std"), py::arg("deletion"), py::arg("prompts"), py::arg("channels"),
+        py::arg("mean"), py::arg("std"), py::arg("deletion"), py::arg("prompts"), py::arg("steps"), py::arg("channels"),
         py::arg("height"), py::arg("width"), py::arg("start"), py::arg("stop"), py::arg("out"), py::arg("out_type"),
         py::arg("lane"),
         "The masked images of clipfast.ops.mask_sequence. lane: threads to use (CPU) or the stream (CUDA).");

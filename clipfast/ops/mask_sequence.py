@@ -10,6 +10,7 @@ BMVC 2018.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -54,9 +55,9 @@ class Inputs:
     images: Tensor  # (B, C, H, W) uint8 or floating
     ranks: Tensor  # (B, P, H, W) int32 or int64
     fill: Tensor | Noise  # (B, C, H, W), uint8 or floating, broadcast where constant
-    counts: tuple[int, ...]  # S
-    mean: tuple[float, ...]  # C
-    std: tuple[float, ...]  # C
+    counts: Tensor  # (S,) int32
+    mean: Tensor  # (C,) in `precision(out)`, as is std
+    std: Tensor
     deletion: bool
     start: int  # of the items numbered (b * P + p) * S + s
     stop: int
@@ -67,11 +68,11 @@ def define(x: Inputs) -> Tensor:
     """The op in plain PyTorch: what it means, and what runs where nothing faster can."""
     prompts, steps = x.ranks.shape[1], len(x.counts)
     fill = x.fill.image(x.images.shape, x.images.device) if isinstance(x.fill, Noise) else x.fill
-    counts = torch.tensor(x.counts, device=x.images.device)[:, None, None]  # (S, 1, 1)
     for pair in range(x.start // steps, -(-x.stop // steps)):
         b, p = divmod(pair, prompts)
         first, last = max(x.start, pair * steps), min(x.stop, (pair + 1) * steps)
-        before = x.ranks[b, p] < counts[first - pair * steps : last - pair * steps]  # (s, H, W)
+        counts = x.counts[first - pair * steps : last - pair * steps, None, None]  # (s, 1, 1)
+        before = x.ranks[b, p] < counts  # (s, H, W)
         image, hidden = normalise(x.images[b], x), normalise(fill[b], x)  # (C, H, W)
         shown, rest = (hidden, image) if x.deletion else (image, hidden)
         torch.where(before[:, None], shown, rest, out=x.out[first - x.start : last - x.start])
@@ -84,8 +85,7 @@ def normalise(images: Tensor, x: Inputs) -> Tensor:
     # Divided by a tensor: on a GPU, PyTorch multiplies by the reciprocal of a number, which differs in the last bit.
     if images.dtype == torch.uint8:
         values = values / values.new_tensor(255)
-    mean, std = (values.new_tensor(v)[:, None, None] for v in (x.mean, x.std))
-    return ((values - mean) / std).to(x.out.dtype)
+    return ((values - x.mean[:, None, None]) / x.std[:, None, None]).to(x.out.dtype)
 
 
 def precision(out: Tensor) -> torch.dtype:
@@ -127,8 +127,6 @@ class Native(Backend[Inputs]):
         reasons = super().why_not(inputs)
         if not inputs.out.is_contiguous():
             reasons.append("out is not contiguous")
-        if inputs.images.shape[-2] * inputs.images.shape[-1] >= 2**31:
-            reasons.append("an image has 2^31 pixels or more")
         return reasons
 
     def run(self, inputs: Inputs) -> Tensor:
@@ -151,11 +149,12 @@ class Native(Backend[Inputs]):
             ranks=x.ranks.data_ptr(),
             wide_ranks=x.ranks.dtype == torch.int64,
             rank_strides=x.ranks.stride(),
-            counts=x.counts,
-            mean=x.mean,
-            std=x.std,
+            counts=x.counts.data_ptr(),
+            mean=x.mean.data_ptr(),
+            std=x.std.data_ptr(),
             deletion=x.deletion,
             prompts=x.ranks.shape[1],
+            steps=len(x.counts),
             channels=channels,
             height=height,
             width=width,
@@ -167,7 +166,21 @@ class Native(Backend[Inputs]):
         )
 
 
-_op = Op("mask_sequence", Native(), Torch())
+class NativeCuda(Native):
+    """csrc/cuda/mask_sequence.cu."""
+
+    devices = frozenset({"cuda"})
+    capability = (8, 0)
+    module = "_native_cuda"
+
+    def run(self, inputs: Inputs) -> Tensor:
+        with torch.cuda.device(inputs.images.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            self.call(native.module(self.module), inputs, lane=stream)
+        return inputs.out
+
+
+_op = Op("mask_sequence", Native(), NativeCuda(), Torch())
 
 
 def mask_sequence(
@@ -212,6 +225,8 @@ def mask_sequence(
     batch, channels, height, width = images.shape
     if images.numel() == 0 and batch:
         raise InputError(f"images of shape {tuple(images.shape)} have no pixels.")
+    if height * width >= 2**31:
+        raise InputError(f"images of shape {tuple(images.shape)} are too large: 2^31 pixels or more.")
     if mode not in ("deletion", "insertion"):
         raise InputError(f"mode {mode!r} is unknown; {nearest(str(mode), ('deletion', 'insertion'))}")
     is_map = order.ndim == 4 and order.shape[2:] == images.shape[2:]
@@ -245,9 +260,9 @@ def mask_sequence(
             if is_map
             else _inverse(order).view(-1, order.shape[1], height, width),
             fill=Noise(fill.seed, fill.first + passed) if isinstance(fill, Noise) else fill[touched],
-            counts=counts,
-            mean=_per_channel("mean", mean, channels, 0.0),
-            std=_per_channel("std", std, channels, 1.0),
+            counts=torch.tensor(counts, dtype=torch.int32, device=images.device),
+            mean=_per_channel("mean", mean, 0.0, out),
+            std=_per_channel("std", std, 1.0, out),
             deletion=mode == "deletion",
             start=start - passed * per_image,
             stop=stop - passed * per_image,
@@ -287,12 +302,13 @@ def _scatter_ranks(order: Tensor, ranks: Tensor) -> Tensor:
     return ranks.scatter_(-1, order, numbers.expand_as(order))
 
 
-def _counts(fractions: Tensor | Sequence[float], pixels: int) -> tuple[int, ...]:
+def _counts(fractions: Tensor | Sequence[float], pixels: int) -> list[int]:
     values = torch.as_tensor(fractions, dtype=torch.float64, device="cpu")
     # Written so that NaN fails it.
     if values.ndim != 1 or not len(values) or not ((values >= 0) & (values <= 1)).all():
         raise InputError("fractions must be one or more numbers between 0 and 1, in one dimension.")
-    return tuple((values * pixels + 0.5).floor().long().tolist())
+    counts: list[int] = (values * pixels + 0.5).floor().long().tolist()
+    return counts
 
 
 def _window(window: tuple[int, int] | None, total: int) -> tuple[int, int]:
@@ -337,8 +353,8 @@ def _fill(
         shaped = shaped.expand_as(images)
     except RuntimeError:
         raise InputError(
-            f"fill must be a number, a colour ({images.shape[1]},) or ({images.shape[0]}, {images.shape[1]}), or images "
-            f"{tuple(images.shape)}, not {_kind(colour)}."
+            f"fill must be a number, a colour ({images.shape[1]},) or ({images.shape[0]}, {images.shape[1]}), "
+            f"or images {tuple(images.shape)}, not {_kind(colour)}."
         ) from None
     is_colour = colour.ndim < 3 and colour.is_floating_point()
     if is_colour and images.dtype == torch.uint8 and not ((colour >= 0) & (colour <= 1)).all():
@@ -346,13 +362,12 @@ def _fill(
     return shaped
 
 
-def _per_channel(name: str, values: Sequence[float] | None, channels: int, default: float) -> tuple[float, ...]:
-    if values is None:
-        return (default,) * channels
-    numbers = tuple(float(v) for v in values)
-    if len(numbers) != channels or not torch.tensor(numbers).isfinite().all() or (name == "std" and 0.0 in numbers):
+def _per_channel(name: str, values: Sequence[float] | None, default: float, out: Tensor) -> Tensor:
+    channels = out.shape[1]
+    numbers = [default] * channels if values is None else [float(v) for v in values]
+    if len(numbers) != channels or not all(map(math.isfinite, numbers)) or (name == "std" and 0.0 in numbers):
         raise InputError(f"{name} must be {channels} finite numbers{', none of them zero' if name == 'std' else ''}.")
-    return numbers
+    return torch.tensor(numbers, dtype=precision(out), device=out.device)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ struct MaskSequence {
   bool wide_ranks;
   std::int64_t rank_strides[4];
   const std::int32_t* counts;  // (S,)
-  const double* mean;          // (C,)
-  const double* std;           // (C,)
+  const void* mean;            // (C,), float64 where the result is, else float32
+  const void* std;             // (C,), likewise
   bool deletion;
   std::int64_t prompts, steps, channels, height, width;
   std::int64_t start, stop;  // the window of the B * P * S masked images

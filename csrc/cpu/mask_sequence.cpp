@@ -111,8 +111,8 @@ class Worker {
   void load_plane(const View& view, std::int64_t image, std::int64_t channel, std::int64_t first, std::int64_t count,
                   Bits* to) const {
     const In* plane = static_cast<const In*>(view.data) + image * view.strides[0] + channel * view.strides[1];
-    const auto mean = static_cast<Compute>(op_.mean[channel]);
-    const auto std = static_cast<Compute>(op_.std[channel]);
+    const auto mean = static_cast<const Compute*>(op_.mean)[channel];
+    const auto std = static_cast<const Compute*>(op_.std)[channel];
     stretches(first, count, op_.width, view.strides[2], view.strides[3],
               [&](std::int64_t at, std::int64_t from, std::int64_t stride, std::int64_t length) {
                 if (stride == 1) {  // apart, so that the compiler vectorises it
@@ -130,8 +130,8 @@ class Worker {
 
   void load_noise(std::int64_t image, std::int64_t channel, std::int64_t first, std::int64_t count, Bits* to) const {
     const std::uint32_t key = noise_key(op_.noise_seed, op_.noise_first + image, channel);
-    const auto mean = static_cast<Compute>(op_.mean[channel]);
-    const auto std = static_cast<Compute>(op_.std[channel]);
+    const auto mean = static_cast<const Compute*>(op_.mean)[channel];
+    const auto std = static_cast<const Compute*>(op_.std)[channel];
     for (std::int64_t i = 0; i < count; ++i)
       to[i] = Stored<Out>::from(normalised<Compute>(noise_level(key, first + i), mean, std));
   }

@@ -266,6 +266,7 @@ def test_no_images_and_no_prompts_give_no_items() -> None:
         ({"images": torch.rand(3, 4, 4)}, "images must be"),
         ({"images": torch.zeros(2, 3, 4, 4, dtype=torch.int32)}, "not .* int32"),
         ({"images": torch.rand(2, 3, 0, 4)}, "no pixels"),
+        ({"images": torch.rand(1, 1, 1, 1).expand(2, 3, 2**16, 2**15)}, "too large"),
         ({"order": torch.rand(2, 1, 4, 5)}, "order must be"),
         ({"order": torch.rand(1, 1, 4, 4)}, "order must be"),
         ({"order": torch.rand(2, 1, 16)}, "order must be"),
