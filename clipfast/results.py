@@ -23,6 +23,8 @@ from clipfast.ops.minmax import minmax
 
 Source = str | Path | Image.Image | None
 
+_REPORT_SIDE = 1024
+
 
 @dataclass
 class Words:
@@ -113,12 +115,22 @@ class Attribution:
         source = self.sources[index]
         return None if source is None else read_image(source)
 
-    def save(self, folder: str | Path, *, overlays: bool = True) -> list[Path]:
+    def best(self, index: int, top: int | None = None) -> list[int]:
+        """Which prompts of image `index` to show: all in their order; of more than `top`, its `top` best-scoring."""
+        scores = self.scores[index]
+        if top is None or len(scores) <= top:
+            return list(range(len(scores)))
+        return scores.topk(top).indices.tolist()
+
+    def save(self, folder: str | Path, *, overlays: bool = True, top: int | None = None) -> list[Path]:
         """Write one .npz of raw maps an image and, with `overlays`, one PNG a prompt; returns the paths.
+
+        top: of more prompts than this, only each image's best-scoring get a PNG; the .npz holds all.
 
         The .npz holds maps (P, h, w), scores (P,), texts, box (left, top, right, bottom of the input in original
         pixels) and size (height, width of the original).
         """
+        from clipfast.view.files import save_image
         from clipfast.view.overlay import overlay
 
         folder = Path(folder)
@@ -145,28 +157,37 @@ class Attribution:
             picture = self.picture(i) if overlays else None
             if picture is None:
                 continue
-            names = _unique([_slug(prompt) for prompt in self.prompts(i)])
-            for prompt, heat in zip(names, self.resize(i, normalize=True), strict=True):
-                written.append(folder / f"{stem}--{prompt}.png")
-                overlay(picture, heat).save(written[-1])
+            chosen, prompts = self.best(i, top), self.prompts(i)
+            for prompt, name in zip(chosen, _unique([_slug(prompts[p]) for p in chosen]), strict=True):
+                heat = geometry.to_image(_unit(self.maps[i][prompt]))
+                written.append(save_image(overlay(picture, heat), folder / f"{stem}--{name}.png"))
         return written
 
-    def report(self, path: str | Path) -> Path:
-        """Write one self-contained HTML page: every image with its maps, scores and words."""
+    def report(self, path: str | Path, *, top: int | None = None) -> Path:
+        """Write one self-contained HTML page: every image with its maps, scores and words.
+
+        top: of more prompts than this, only each image's best-scoring are shown.
+        """
         from clipfast.view.report import ReportItem, write_report
 
         items = []
         for i in range(len(self)):
-            picture = None if i in self.errors else self.picture(i)
-            if picture is not None:
+            geometry = self.geometries[i]
+            picture = None if geometry is None else self.picture(i)
+            if geometry is not None and picture is not None:
+                # Originals and maps of their size would fill the memory long before the page is large.
+                picture = picture.copy()
+                picture.thumbnail((_REPORT_SIDE, _REPORT_SIDE), Image.Resampling.LANCZOS)
+                chosen, prompts = self.best(i, top), self.prompts(i)
+                heat = geometry.resized(picture.height, picture.width).to_image(_unit(self.maps[i][chosen]))
                 words = {w.text: w.pairs() for w in self.words.get(i, [])}
                 items.append(
                     ReportItem(
                         title=self.title(i),
                         image=picture,
-                        prompts=self.prompts(i),
-                        heat=self.resize(i, normalize=True),
-                        scores=self.scores[i].tolist(),
+                        prompts=[prompts[p] for p in chosen],
+                        heat=heat.cpu(),
+                        scores=self.scores[i][chosen].tolist(),
                         words=words or None,
                     )
                 )
@@ -227,7 +248,9 @@ class Features:
             )
         started = time.perf_counter()
         wanted = texts if self.encode is None else self.encode(texts)
-        values, weights = (self.values, self.weights) if self.values.ndim == 4 else (self.values[:, None], self.weights[:, None])
+        values, weights = (
+            (self.values, self.weights) if self.values.ndim == 4 else (self.values[:, None], self.weights[:, None])
+        )
         out = values.new_empty(len(values), len(wanted), values.shape[2])
         combine(weights.unbind(1), values.unbind(1), wanted, self.relu, out)
         return Attribution(
@@ -252,7 +275,9 @@ class Features:
             "method": self.method,
             "model": self.model,
             "sources": [str(s) if isinstance(s, str | Path) else None for s in self.sources],
-            "geometries": [None if g is None else (g.height, g.width, g.box, g.input, g.covered) for g in self.geometries],
+            "geometries": [
+                None if g is None else (g.height, g.width, g.box, g.input, g.covered) for g in self.geometries
+            ],
         }
         tensors = {"values": self.values, "weights": self.weights, "embeddings": self.embeddings}
         partial = path.with_name(path.name + ".partial")
@@ -273,9 +298,12 @@ class Features:
                 about = json.loads((stored.metadata() or {})["clipfast"])
                 tensors = {name: stored.get_tensor(name) for name in ("values", "weights", "embeddings")}
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise InputError(f"{path} does not hold attribution features as Features.save writes them: {error}") from error
+            raise InputError(
+                f"{path} does not hold attribution features as Features.save writes them: {error}"
+            ) from error
         geometries = [
-            None if g is None else Geometry(g[0], g[1], tuple(g[2]), tuple(g[3]), tuple(g[4])) for g in about["geometries"]
+            None if g is None else Geometry(g[0], g[1], tuple(g[2]), tuple(g[3]), tuple(g[4]))
+            for g in about["geometries"]
         ]
         return cls(
             **tensors,
