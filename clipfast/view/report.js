@@ -99,8 +99,11 @@
     head.append(make("h2", "", item.title), make("p", "meta", `${item.width} × ${item.height} pixels`));
     side.append(head);
     const list = make("fieldset", "prompts"), words = make("div");
-    const legend = make("legend");
-    legend.append(make("span", "", "Prompt"), make("span", "", "Similarity"));
+    const legend = make("legend"), order = make("button", "order", "Similarity ↕");
+    order.type = "button";
+    order.setAttribute("aria-pressed", "false");
+    order.title = "Most similar first, or in the order given";
+    legend.append(make("span", "", "Prompt"), order);
     list.append(legend);
     const lowest = Math.min(0, ...item.prompts.map((p) => p.score));
     const highest = Math.max(0, ...item.prompts.map((p) => p.score));
@@ -118,6 +121,15 @@
       list.append(row);
       return input;
     });
+    const rows = inputs.map((input) => input.parentElement);
+    order.addEventListener("click", () => {
+      const sorted = order.getAttribute("aria-pressed") !== "true";
+      order.setAttribute("aria-pressed", String(sorted));
+      order.textContent = sorted ? "Similarity ↓" : "Similarity ↕";
+      const ranks = rows.map((_, i) => i);
+      if (sorted) ranks.sort((a, b) => item.prompts[b].score - item.prompts[a].score);
+      list.append(...ranks.map((i) => rows[i]));
+    });
     if (item.prompts.length > 12) {
       const search = make("input");
       search.type = "search";
@@ -125,7 +137,7 @@
       search.setAttribute("aria-label", search.placeholder);
       search.addEventListener("input", () => {
         const wanted = search.value.toLowerCase();
-        inputs.forEach((input, i) => { input.parentElement.hidden = !item.prompts[i].text.toLowerCase().includes(wanted); });
+        rows.forEach((row, i) => { row.hidden = !item.prompts[i].text.toLowerCase().includes(wanted); });
       });
       side.append(search);
     }
