@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from clipfast.data.geometry import Geometry, normalize
 from clipfast.data.inputs import Prepared, prepare_all, sources
 from clipfast.errors import ImageError, InputError, ModelError, TextError
 from clipfast.methods import build_method
+from clipfast.methods.grad_eclip import Relu
 from clipfast.models.load import load
 from clipfast.models.model import Model, Precision
 from clipfast.models.tower import ImageTower
@@ -55,8 +55,8 @@ class Explainer:
     """A model and a method, prepared once and called often.
 
     model: what `clipfast.load` returns or takes. method: see `clipfast methods`; **parameters are the method's own.
-    precision: None runs the weights as they are; "float32", "bfloat16" or "auto" (bfloat16 where the hardware multiplies
-        it natively) set the trunk's dtype. Tail and maps stay in float32 (float64 for a float64 model).
+    precision: None runs the weights as they are; "float32", "bfloat16" or "auto" (bfloat16 where the hardware
+        multiplies it natively) set the trunk's dtype. Tail and maps stay in float32 (float64 for a float64 model).
     resize: how images become the model's input: None as the model's own preprocessing does, "crop", "squash",
         "longest" (padded) or "keep" (native aspect, sides rounded to the patch).
 
@@ -82,6 +82,9 @@ class Explainer:
         self._cached: tuple[Any, tuple[str, ...], Tensor] | None = None
         self.model.towers(precision)
 
+    # Several layers need autograd, which refuses tensors made under a caller's inference_mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __call__(
         self,
         images: Any,
@@ -105,7 +108,9 @@ class Explainer:
         found = sources(images)
         names, embeddings = self._texts(texts)
         if pairs and len(embeddings) != len(found):
-            raise InputError(f"pairs=True needs one text an image: there are {len(found)} images and {len(embeddings)} texts.")
+            raise InputError(
+                f"pairs=True needs one text an image: there are {len(found)} images and {len(embeddings)} texts."
+            )
         tower, _ = self.model.towers(self.precision)
         prompts = 1 if pairs else len(embeddings)
         maps, whole = self._allocate(found, prompts, tower)
@@ -145,8 +150,10 @@ class Explainer:
             errors=errors,
         )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def features(self, images: Any, *, on_error: Literal["raise", "skip"] = "raise") -> Features:
-        """Attribution features of images: `features(images).maps(texts)` equals `self(images, texts)`, for any texts, any time.
+        """Attribution features of images: `features(images).maps(texts)` equals `self(images, texts)`, whenever asked.
 
         All images must come to the same patch grid (any resize but "keep", or equal sizes).
         Raises InputError where they do not, and as calling does.
@@ -157,21 +164,25 @@ class Explainer:
         errors: dict[int, ImageError] = {}
         parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         grids = set()
-        relu = "each"
+        relu: Relu = "each"
         for indices, x, batch in self._batches(found, tower, errors, on_error, None):
             explained = self._run.image(tower, x)
             values, weights = explained.prompt_free()
             relu = explained.relu
             grids.add(tower.grid_of(x))
             if len(grids) > 1:
-                raise InputError("features need one patch grid: these images come to several; choose resize='crop' or 'squash'.")
+                raise InputError(
+                    "features need one patch grid: these images come to several; choose resize='crop' or 'squash'."
+                )
             for row, (i, item) in enumerate(zip(indices, batch, strict=True)):
                 geometries[i] = item.geometry
                 parts[i] = (values[row], weights[row], explained.z[row])
         if not parts:
             raise next(iter(errors.values()))
         blank = tuple(torch.full_like(t, torch.nan) for t in next(iter(parts.values())))
-        stacked = [torch.stack(columns) for columns in zip(*(parts.get(i, blank) for i in range(len(found))), strict=True)]
+        stacked = [
+            torch.stack(columns) for columns in zip(*(parts.get(i, blank) for i in range(len(found))), strict=True)
+        ]
         self._check_finite(stacked[2], errors)
         return Features(
             values=stacked[0],
@@ -186,6 +197,8 @@ class Explainer:
             encode=lambda texts: self._texts(texts)[1],
         )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def words(self, image: Any, text: str | Sequence[str]) -> Any:
         """What each word of a text does for its score with an image: a `Words`; a list of them for a list of texts.
 
@@ -223,11 +236,7 @@ class Explainer:
         if len(found) != 1:
             raise InputError(f"words() explains texts with one image at a time, not {len(found)}.")
         (_, x, _), *_ = self._batches(found, tower, {}, "raise", None)
-        return self._encode(tower, x)[0]
-
-    @torch.no_grad()
-    def _encode(self, tower: ImageTower, x: Tensor) -> Tensor:
-        return tower.encode(x)
+        return tower.encode(x)[0]
 
     def _texts(self, texts: Texts) -> tuple[list[str] | None, Tensor]:
         """(the strings or None, unit embeddings (P, E)); the last strings' embeddings are kept."""
@@ -235,7 +244,8 @@ class Explainer:
         if isinstance(texts, Tensor):
             if texts.ndim != 2 or texts.shape[1] != image.embed_dim or not texts.is_floating_point():
                 raise TextError(
-                    f"text embeddings must be floats of shape (P, {image.embed_dim}), not {texts.dtype} {tuple(texts.shape)}."
+                    f"text embeddings must be floats of shape (P, {image.embed_dim}), "
+                    f"not {texts.dtype} {tuple(texts.shape)}."
                 )
             if len(texts) == 0:
                 raise TextError("there is no text: pass at least one.")
@@ -285,7 +295,9 @@ class Explainer:
             if progress is not None:
                 progress(len(indices))
 
-    def _ready(self, indices: list[int], batch: list[Prepared], tower: ImageTower) -> tuple[list[int], Tensor, list[Prepared]]:
+    def _ready(
+        self, indices: list[int], batch: list[Prepared], tower: ImageTower
+    ) -> tuple[list[int], Tensor, list[Prepared]]:
         x = torch.stack([item.pixels for item in batch])
         if x.dtype == torch.uint8:
             return indices, normalize(x, self.spec, tower.dtype, tower.device), batch
@@ -322,8 +334,13 @@ class Explainer:
             return
         for name, parameter in self.model.module.named_parameters():
             if not bool(parameter.isfinite().all()):
-                raise ModelError(f"the weights of {self.model.name} hold NaN or infinite values, first in {name}: load intact weights.")
-        raise ModelError(f"{self.model.name} overflows in {self.model.towers(self.precision)[0].dtype}: use precision='float32'.")
+                raise ModelError(
+                    f"the weights of {self.model.name} hold NaN or infinite values, first in {name}: "
+                    "load intact weights."
+                )
+        raise ModelError(
+            f"{self.model.name} overflows in {self.model.towers(self.precision)[0].dtype}: use precision='float32'."
+        )
 
 
 def _joined(maps: list[Tensor]) -> Tensor | list[Tensor]:

@@ -53,8 +53,8 @@ class Words:
 class Attribution:
     """The maps of B images and P prompts.
 
-    maps: (B, P, h, w) on the patch grid, raw, on the model's device; a list of B tensors (P, h_i, w_i) where images kept
-        aspects of their own. scores (B, P): cosine similarities, equal to the model's own.
+    maps: (B, P, h, w) on the patch grid, raw, on the model's device; a list of B tensors (P, h_i, w_i) where images
+        kept aspects of their own. scores (B, P): cosine similarities, equal to the model's own.
     texts: the prompts, or None for embeddings; for matched pairs text i belongs to image i, and P is 1.
     errors: images that could not be read, by index; their maps and scores are NaN.
     seconds: time from images to maps, decoding included.
@@ -77,7 +77,8 @@ class Attribution:
 
     def __repr__(self) -> str:
         shape = tuple(self.maps.shape) if isinstance(self.maps, Tensor) else f"{len(self.maps)} of different sizes"
-        return f"<Attribution of {self.method} on {self.model}: maps {shape}, {len(self.errors)} failed, {self.seconds:.2f} s>"
+        failed = f", {len(self.errors)} failed" if self.errors else ""
+        return f"<Attribution of {self.method} on {self.model}: maps {shape}{failed}, {self.seconds:.2f} s>"
 
     def prompts(self, index: int) -> list[str]:
         """The prompts of image `index`; numbers where the texts came as embeddings."""
@@ -196,7 +197,7 @@ class Attribution:
         return Path(path)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One plain record an image: name, prompts, scores, where each map peaks (x, y in original pixels), words, error."""
+        """One plain record an image: its prompts, scores, where each map peaks (x, y in original pixels), words, error."""
         records: list[dict[str, Any]] = []
         for i in range(len(self)):
             record: dict[str, Any] = {"image": self.title(i)}
@@ -241,13 +242,17 @@ class Features:
 
         Raises TextError for strings where the features came from a file, and so without the model's text tower.
         """
-        names = None if isinstance(texts, Tensor) else [texts] if isinstance(texts, str) else list(texts)
-        if self.encode is None and names is not None:
-            raise TextError(
-                "features read from a file know no text tower: pass unit embeddings (P, E), as model.encode_texts gives them."
-            )
         started = time.perf_counter()
-        wanted = texts if self.encode is None else self.encode(texts)
+        names = None if isinstance(texts, Tensor) else [texts] if isinstance(texts, str) else list(texts)
+        if self.encode is not None:
+            wanted = self.encode(texts)
+        elif isinstance(texts, Tensor):
+            wanted = texts
+        else:
+            raise TextError(
+                "features read from a file know no text tower: "
+                "pass unit embeddings (P, E), as model.encode_texts gives them."
+            )
         values, weights = (
             (self.values, self.weights) if self.values.ndim == 4 else (self.values[:, None], self.weights[:, None])
         )

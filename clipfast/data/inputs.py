@@ -31,7 +31,7 @@ class Prepared:
 
 
 def sources(images: Any) -> list[Any]:
-    """A flat list of images out of whatever was passed: paths, folders and patterns, PIL images, arrays, tensors, batches.
+    """A flat list of images out of whatever was passed: paths, folders, patterns, PIL images, arrays, tensors, batches.
 
     Raises InputError when there is none, or for something that is no image.
     """
@@ -46,7 +46,8 @@ def sources(images: Any) -> list[Any]:
         return [images]
     if not isinstance(images, Sequence) and not hasattr(images, "__iter__"):
         raise InputError(
-            f"a {type(images).__name__} is no image: pass a path, a PIL image, a uint8 or normalised tensor, or several of them."
+            f"a {type(images).__name__} is no image: "
+            "pass a path, a PIL image, a uint8 or normalised tensor, or several of them."
         )
     found = [source for image in images for source in sources(image)]
     if not found:
@@ -55,7 +56,7 @@ def sources(images: Any) -> list[Any]:
 
 
 def prepare_all(images: Sequence[Any], spec: InputSpec) -> Iterator[Prepared | ImageError]:
-    """Each image prepared, in order; one that cannot be read gives its ImageError in its place. Decodes ahead in threads."""
+    """Each image prepared, in order, decoded ahead in threads; one that cannot be read gives its ImageError instead."""
     pending: list[Future[Prepared | ImageError]] = []
     rest = iter(images)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -81,24 +82,33 @@ def prepare_one(image: Any, spec: InputSpec) -> Prepared:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise ImageError(
-                f"an array of {image.dtype} {image.shape} is no image: pass uint8 (H, W, 3), or a normalised tensor (3, H, W)."
+                f"an array of {image.dtype} {image.shape} is no image: "
+                "pass uint8 (H, W, 3), or a normalised tensor (3, H, W)."
             )
         image = Image.fromarray(image)
     if not isinstance(image, Tensor):
         pixels, geometry = prepare(read_image(image), spec)
         return Prepared(pixels, geometry)
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ImageError(f"a tensor of shape {tuple(image.shape)} is no image: pass (3, H, W), or (B, 3, H, W) for a batch.")
+        raise ImageError(
+            f"a tensor of shape {tuple(image.shape)} is no image: pass (3, H, W), or (B, 3, H, W) for a batch."
+        )
     if str(image.dtype) == "torch.uint8":
         pixels, geometry = prepare(Image.fromarray(image.permute(1, 2, 0).cpu().numpy()), spec)
         return Prepared(pixels, geometry)
     if not image.is_floating_point():
-        raise ImageError(f"a tensor of {image.dtype} is no image: pass uint8 pixels, or floats normalised for the model.")
+        raise ImageError(
+            f"a tensor of {image.dtype} is no image: pass uint8 pixels, or floats normalised for the model."
+        )
     height, width = image.shape[1:]
     (ph, pw) = spec.patch
     if height < ph or width < pw:
-        raise ImageError(f"an image of {height} x {width} pixels holds no patch of {ph} x {pw}: make both sides larger.")
+        raise ImageError(
+            f"an image of {height} x {width} pixels holds no patch of {ph} x {pw}: make both sides larger."
+        )
     if not bool(image.isfinite().all()):
         raise ImageError("the image tensor holds NaN or infinite pixels: normalise from finite ones.")
     covered = (height // ph * ph, width // pw * pw)
-    return Prepared(image.detach(), Geometry(height, width, (0.0, 0.0, float(width), float(height)), (height, width), covered))
+    return Prepared(
+        image.detach(), Geometry(height, width, (0.0, 0.0, float(width), float(height)), (height, width), covered)
+    )

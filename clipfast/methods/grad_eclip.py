@@ -13,7 +13,7 @@ needs the one-token tail above the last attention only. Two exact forms of the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.errors import InputError
-from clipfast.models.block import Block
-from clipfast.models.tail import LinearTail, Tail
+from clipfast.models.gradients import Gradients, site_gradients
+from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Site, TextTower, Tower
 from clipfast.ops.spatial_attribution import gradient_weighted, spatial_weight
 
@@ -43,7 +43,7 @@ class Explained:
     z: Tensor
     weights: Sequence[Tensor]
     values: Sequence[Tensor]
-    gradients: Callable[[Tensor], list[Tensor]]
+    gradients: Gradients
     tail: LinearTail | None
     relu: Relu
 
@@ -160,7 +160,9 @@ class GradEclip:
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(repr(a) for a in allowed if a is not None)
-                raise InputError(f"{name}={getattr(self, name)!r} is not a choice of Grad-ECLIP: give one of {choices}.")
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} is not a choice of Grad-ECLIP: give one of {choices}."
+                )
         if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
             raise InputError(f"layers={self.layers!r} must be a whole number of blocks, at least 1.")
 
@@ -215,14 +217,11 @@ class GradEclip:
             weights.append(self._weight(tower, index, site, keep, where))
             values.append(site.v[:, keep])
         tail = tower.tail.linearize(sites[-1].residual, sites[-1].o)
-        if layers == 1:
-            gradients = _one_layer(tail)
-        elif layers == 2 or tower.causal:
-            gradients = _PooledToken(_in(tower, first), tower.tail, sites, pooled, heads)
-        else:
-            gradients = _AllTokens(_in(tower, first), tower.tail, bottom.to(tail.z.dtype), pooled, heads)
+        gradients = site_gradients(tower, sites, tail, bottom, pooled, heads)
         relu: Relu = "each" if (self.reduce or reduce) == "relu_then_sum" else "sum"
-        return Explained(tail.z, weights, values, gradients, tail if layers == 1 else None, "none" if self.signed else relu)
+        return Explained(
+            tail.z, weights, values, gradients, tail if layers == 1 else None, "none" if self.signed else relu
+        )
 
     def _weight(self, tower: Tower, index: int, site: Site, keep: slice, where: Tensor | None) -> Tensor:
         q, k = site.q, site.k[:, keep]
@@ -235,102 +234,3 @@ class GradEclip:
             weight = spatial_weight(q, k)
             return weight if where is None else weight * where
         return spatial_weight(q, k, where)
-
-
-def _in(tower: Tower, first: int) -> list[Block]:
-    """The explained blocks in the dtype of the tail."""
-    return [block.to(tower.tail.proj.dtype) for block in tower.blocks[first:]]
-
-
-def _one_layer(tail: LinearTail) -> Callable[[Tensor], list[Tensor]]:
-    return lambda cotangents: [tail.vjp(cotangents)]
-
-
-@dataclass(frozen=True)
-class _PooledToken:
-    """Gradients at several layers' sites where only the pooled token's own row can carry them.
-
-    True for the last two blocks of any tower, and for every block of a causal tower: no token that the pooled one sees
-    ever sees the pooled one. Each cotangent gets a copy of that row, and one backward pass serves all copies; the other
-    tokens' keys and values are constants.
-    """
-
-    blocks: Sequence[Block]
-    tail: Tail
-    sites: Sequence[Site]
-    pooled: Tensor
-    heads: int | None
-
-    def __call__(self, cotangents: Tensor) -> list[Tensor]:
-        sites = self.sites
-        batch, width = sites[0].q.shape
-        cotangents = cotangents.expand(batch, *cotangents.shape[-2:])
-        with torch.inference_mode(False), torch.enable_grad():
-            shifts = [
-                torch.zeros(batch, cotangents.shape[1], width, dtype=s.q.dtype, device=s.q.device, requires_grad=True)
-                for s in sites
-            ]
-            row = _plain(sites[0].residual)[:, None].expand_as(shifts[0])
-            o = _plain(sites[0].o)[:, None] + shifts[0]
-            for block, above, site, shift in zip(self.blocks, self.blocks[1:], sites[1:], shifts[1:], strict=False):
-                row = row + block.out(o)
-                row = row + block.mlp(row)
-                x = above.norm1(row)
-                o = self._attend(above, above.query(x), *above.key_value(x), site) + shift
-            z = self.tail(row, o)
-            return list(torch.autograd.grad(z, shifts, _plain(cotangents)))
-
-    def _attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Attention of row copies (B, R, D) to the other tokens as they are and to their own moving k and v."""
-        heads = self.heads or block.heads
-        split = (heads, q.shape[-1] // heads)
-        q = q.unflatten(-1, split) * split[1] ** -0.5
-        k, v = k.unflatten(-1, split), v.unflatten(-1, split)
-        keys, values = (_plain(t).unflatten(-1, split) for t in (site.k, site.v))
-        hidden = F.one_hot(self.pooled, site.k.shape[1]).bool()
-        if site.mask is not None:
-            hidden = hidden | ~site.mask
-        scores = torch.einsum("brhd,bnhd->brhn", q, keys).masked_fill(hidden[:, None, None], -torch.inf)
-        own = (q * k).sum(-1, keepdim=True)
-        a = torch.cat((scores, own), dim=-1).softmax(-1)
-        return (torch.einsum("brhn,bnhd->brhd", a[..., :-1], values) + a[..., -1:] * v).flatten(2)
-
-
-@dataclass(frozen=True)
-class _AllTokens:
-    """Gradients at three or more layers' sites of a bidirectional tower: they pass through every token above."""
-
-    blocks: Sequence[Block]
-    tail: Tail
-    bottom: Tensor
-    pooled: Tensor
-    heads: int | None
-
-    def __call__(self, cotangents: Tensor) -> list[Tensor]:
-        h = self.bottom
-        batch, tokens, width = h.shape
-        rows = torch.arange(batch, device=h.device)
-        cotangents = cotangents.expand(batch, *cotangents.shape[-2:])
-        with torch.inference_mode(False), torch.enable_grad():
-            h = _plain(h)
-            at_pooled = F.one_hot(self.pooled, tokens).to(h.dtype)[..., None]
-            shifts = [torch.zeros(batch, 1, width, dtype=h.dtype, device=h.device, requires_grad=True) for _ in self.blocks]
-            for block, shift in zip(self.blocks[:-1], shifts[:-1], strict=True):
-                x = block.norm1(h)
-                o = block.attend(block.query(x), *block.key_value(x), heads=self.heads)
-                h = h + block.out(o + at_pooled * shift)
-                h = h + block.mlp(h)
-            last = self.blocks[-1]
-            x = last.norm1(h)
-            o = last.attend(last.query(x[rows, self.pooled])[:, None], *last.key_value(x), heads=self.heads)
-            z = self.tail(h[rows, self.pooled], (o + shifts[-1])[:, 0])
-            found = [
-                torch.autograd.grad(z, shifts, _plain(cotangents[:, r]), retain_graph=True)
-                for r in range(cotangents.shape[1])
-            ]
-        return [torch.cat(layer, dim=1) for layer in zip(*found, strict=True)]
-
-
-def _plain(t: Tensor) -> Tensor:
-    """A tensor that autograd may save, also when it was made under inference_mode."""
-    return t.clone() if t.is_inference() else t

@@ -132,7 +132,9 @@ class Block:
         y = F.linear(m, self.proj_weight, self.proj_bias)
         return y if self.scale2 is None else y * self.scale2
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = None, mask: Tensor | None = None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Softmax attention of queries (B, M, D) over keys and values (B, N, D), heads concatenated: (B, M, D).
 
         mask: additive, broadcastable to (B, 1, M, N). heads=1 with its scale D**-0.5 is the single-head variant

@@ -31,14 +31,14 @@ def load(
 ) -> Model:
     """A CLIP model, ready to be explained.
 
-    model: "demo"; an open_clip architecture ("ViT-B-16", with `pretrained`, or "ViT-B-16:openai" in one word); "hf:org/name"
-        for a model with an open_clip configuration on the Hugging Face hub; the path of a checkpoint (open_clip's .pt
+    model: "demo"; an open_clip architecture ("ViT-B-16" with `pretrained`, or "ViT-B-16:openai" in one word);
+        "hf:org/name" for a model with an open_clip configuration on the Hugging Face hub; the path of a checkpoint (open_clip's .pt
         or .safetensors, an OpenAI JIT archive); or a module you already have, which stays where and as it is.
     pretrained: a weights tag of open_clip, the path of a checkpoint, or "random" for untrained weights.
     tokenizer, preprocess: replace the model's own; preprocess may be a torchvision Compose or an InputSpec.
     device: where to load it; CUDA if there is any, else the CPU.
 
-    Raises ModelError: unknown name or tag (with the nearest ones), unreadable or unfitting checkpoint, unknown structure.
+    Raises ModelError: unknown name or tag (with the nearest ones), unreadable or unfitting checkpoint, or structure.
     """
     if isinstance(model, Model):
         return model
@@ -120,7 +120,7 @@ def _load_path(path: Path) -> tuple[nn.Module, Tokenizer]:
     ]
     if not fitting:
         raise ModelError(
-            f"{path} fits no architecture that clipfast reads: build the module yourself and pass it to clipfast.load(module)."
+            f"{path} fits no architecture that clipfast reads: build the module and pass it to clipfast.load(module)."
         )
     if len(fitting) > 1:
         raise ModelError(
@@ -160,7 +160,7 @@ def _reading(source: object) -> Iterator[None]:
     """open_clip, torch and safetensors each fail in their own way on a missing or broken file: one sentence for all."""
     disabled = logging.root.manager.disable
     try:
-        # open_clip and the hub's client log every retry and that random weights are random; the error below says it once.
+        # open_clip and the hub's client log every retry, and that random weights are random: the error below is enough.
         logging.disable(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")
@@ -212,7 +212,8 @@ def _fits(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
     if ("visual.transformer.resblocks.0.ls_1.gamma" in weights) != (vision.get("ls_init_value") is not None):
         return False
     return all(
-        f"{stem}.resblocks.{layers - 1}.ln_1.weight" in weights and f"{stem}.resblocks.{layers}.ln_1.weight" not in weights
+        f"{stem}.resblocks.{layers - 1}.ln_1.weight" in weights
+        and f"{stem}.resblocks.{layers}.ln_1.weight" not in weights
         for stem, layers in (
             ("visual.transformer", vision.get("layers", 12)),
             (f"{prefix}transformer", text.get("layers", 12)),

@@ -50,13 +50,15 @@ class Model:
         tower, _ = self.towers()
         return (
             f"<clipfast model {self.name}: {tower.depth} x {tower.width}, patch {tower.patch_size[0]}, "
-            f"input {self.spec.size[0]} x {self.spec.size[1]}, embedding {tower.embed_dim}, {tower.dtype}, {tower.device}>"
+            f"input {self.spec.size[0]} x {self.spec.size[1]}, embedding {tower.embed_dim}, "
+            f"{tower.dtype}, {tower.device}>"
         )
 
     @property
     def device(self) -> torch.device:
         return self.towers()[0].device
 
+    @torch.inference_mode(False)
     def towers(self, precision: Precision = None) -> tuple[ImageTower, TextTower]:
         """The image and the text tower with their trunks in `precision`; None runs the weights as they are.
 
@@ -93,11 +95,14 @@ class Model:
         """
         if self.tokenizer is None:
             raise TextError(
-                f"{self.name} was loaded without a tokenizer: pass tokenizer= to clipfast.load, or texts as unit embeddings (P, E)."
+                f"{self.name} was loaded without a tokenizer: "
+                "pass tokenizer= to clipfast.load, or texts as unit embeddings (P, E)."
             )
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TextError(f"text {i} is a {type(text).__name__}: texts are strings, or one tensor of embeddings (P, E).")
+                raise TextError(
+                    f"text {i} is a {type(text).__name__}: texts are strings, or one tensor of embeddings (P, E)."
+                )
             if not text.strip():
                 raise TextError(f"text {i} is empty: give at least one word.")
             self._warn_if_cut(text)
@@ -107,7 +112,8 @@ class Model:
         context = self.towers()[1].context_length
         if ids.shape[1] > context:
             raise TextError(
-                f"the tokenizer of {self.name} gave {ids.shape[1]} tokens a text, the model takes {context}: pass the model's own tokenizer."
+                f"the tokenizer of {self.name} gave {ids.shape[1]} tokens a text, the model takes {context}: "
+                "pass the model's own tokenizer."
             )
         return ids.to(self.device)
 
@@ -121,7 +127,8 @@ class Model:
         if len(pieces) > room:
             lost = self.spell(pieces[room:])
             warnings.warn(
-                f"a text of {len(pieces)} tokens was cut to the {room} that {self.name} takes; lost: {lost!r}", stacklevel=4
+                f"a text of {len(pieces)} tokens was cut to the {room} that {self.name} takes; lost: {lost!r}",
+                stacklevel=4,
             )
 
     def spell(self, ids: Sequence[int]) -> str:
@@ -140,7 +147,8 @@ class Model:
         decoder = getattr(self.tokenizer, "decoder", None)
         if decoder is None:
             raise TextError(
-                f"words cannot be told apart: the tokenizer of {self.name} has no `decoder` from ids to BPE pieces, as open_clip's has."
+                f"words cannot be told apart: the tokenizer of {self.name} has no `decoder` "
+                "from ids to BPE pieces, as open_clip's has."
             )
         words: list[tuple[str, list[int]]] = []
         positions: list[int] = []
@@ -151,6 +159,7 @@ class Model:
                 positions = []
         return words
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], precision: Precision = None) -> Tensor:
         """Unit embeddings (P, E) of texts, equal to the model's own.

@@ -1,4 +1,4 @@
-"""Reads towers out of open_clip and OpenAI CLIP modules: vision transformers and text transformers that pool CLS or EOT.
+"""Reads towers out of open_clip and OpenAI CLIP modules: vision and text transformers that pool CLS or EOT.
 
 Parameters are found by their names, never by the class of the module that holds them: open_clip changes its attention
 class between releases, the names stay.
@@ -18,8 +18,8 @@ from clipfast.models.tail import Tail
 from clipfast.models.tower import ImageTower, TextTower
 
 SUPPORTED = (
-    "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN) and its text "
-    "transformers that pool one token"
+    "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN) "
+    "and its text transformers that pool one token"
 )
 
 
@@ -30,7 +30,7 @@ def unsupported(path: str, why: str) -> ModelError:
 def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ImageTower:
     """The image side of an open_clip or OpenAI CLIP module.
 
-    dtype: the trunk's; None keeps the weights as they are. Tensors are shared with the module wherever no cast is needed.
+    dtype: the trunk's; None keeps the weights as they are. Tensors are shared with the module unless a cast is needed.
     Raises ModelError naming the part that does not fit.
     """
     v: Any = getattr(module, "visual", None)
@@ -51,14 +51,14 @@ def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ImageTow
     patch = v.conv1
     if tuple(patch.stride) != tuple(patch.kernel_size) or any(patch.padding):
         raise unsupported("visual.conv1", "cuts patches that overlap or are padded")
-    prefix = v.class_embedding.detach().to(trunk).reshape(-1, v.class_embedding.shape[-1])
-    positions = v.positional_embedding.detach().to(trunk)
+    prefix = _weight(v.class_embedding, trunk).reshape(-1, v.class_embedding.shape[-1])
+    positions = _weight(v.positional_embedding, trunk)
     return ImageTower(
         blocks=blocks,
         tail=read_tail(blocks[-1], v.ln_post, v.proj, "visual"),
         causal=False,
-        patch_weight=patch.weight.detach().to(trunk),
-        patch_bias=None if patch.bias is None else patch.bias.detach().to(trunk),
+        patch_weight=_weight(patch.weight, trunk),
+        patch_bias=_optional(patch.bias, trunk),
         prefix=prefix,
         positions=positions,
         grid=_grid(v, positions.shape[0] - prefix.shape[0]),
@@ -95,8 +95,8 @@ def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower
         blocks=blocks,
         tail=read_tail(blocks[-1], t.ln_final, projection, where),
         causal=mask is not None,
-        table=t.token_embedding.weight.detach(),
-        positions=t.positional_embedding.detach(),
+        table=_weight(t.token_embedding.weight),
+        positions=_weight(t.positional_embedding),
         pool=pool,
         eot_id=getattr(t, "text_eos_id", getattr(t, "eos_id", None)),
     )
@@ -128,38 +128,28 @@ def read_block(block: Any, path: str, dtype: torch.dtype | None) -> Block:
     if not hasattr(mlp, "c_fc") or not hasattr(mlp, "c_proj"):
         raise unsupported(f"{path}.mlp ({type(mlp).__name__})", "has no 'c_fc' and 'c_proj'")
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(dtype or t.dtype)
-
-    def weight(t: Tensor) -> Tensor:
-        return t.detach().to(dtype or t.dtype)
-
     return Block(
         heads=attn.num_heads,
         norm1=read_norm(block.ln_1, f"{path}.ln_1", dtype),
-        qkv_weight=weight(attn.in_proj_weight),
-        qkv_bias=cast(attn.in_proj_bias),
-        out_weight=weight(attn.out_proj.weight),
-        out_bias=cast(attn.out_proj.bias),
-        scale1=cast(_layer_scale(block, "ls_1", path)),
+        qkv_weight=_weight(attn.in_proj_weight, dtype),
+        qkv_bias=_optional(attn.in_proj_bias, dtype),
+        out_weight=_weight(attn.out_proj.weight, dtype),
+        out_bias=_optional(attn.out_proj.bias, dtype),
+        scale1=_optional(_layer_scale(block, "ls_1", path), dtype),
         norm2=read_norm(block.ln_2, f"{path}.ln_2", dtype),
-        fc_weight=weight(mlp.c_fc.weight),
-        fc_bias=cast(mlp.c_fc.bias),
+        fc_weight=_weight(mlp.c_fc.weight, dtype),
+        fc_bias=_optional(mlp.c_fc.bias, dtype),
         act=_activation(mlp, path),
-        proj_weight=weight(mlp.c_proj.weight),
-        proj_bias=cast(mlp.c_proj.bias),
-        scale2=cast(_layer_scale(block, "ls_2", path)),
+        proj_weight=_weight(mlp.c_proj.weight, dtype),
+        proj_bias=_optional(mlp.c_proj.bias, dtype),
+        scale2=_optional(_layer_scale(block, "ls_2", path), dtype),
     )
 
 
 def read_norm(norm: Any, path: str, dtype: torch.dtype | None) -> Norm:
     if not isinstance(norm, nn.LayerNorm):
         raise unsupported(f"{path} ({type(norm).__name__})", "is not a LayerNorm")
-
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().to(dtype or t.dtype)
-
-    return Norm(cast(norm.weight), cast(norm.bias), norm.eps)
+    return Norm(_optional(norm.weight, dtype), _optional(norm.bias, dtype), norm.eps)
 
 
 def read_tail(block: Block, norm: Any, projection: Tensor | nn.Linear, path: str) -> Tail:
@@ -169,9 +159,20 @@ def read_tail(block: Block, norm: Any, projection: Tensor | nn.Linear, path: str
     return Tail(
         block=block.to(dtype),
         norm=read_norm(norm, f"{path}.{'ln_post' if path == 'visual' else 'ln_final'}", dtype),
-        proj=weight.detach().to(dtype),
-        proj_bias=None if bias is None else bias.detach().to(dtype),
+        proj=_weight(weight, dtype),
+        proj_bias=_optional(bias, dtype),
     )
+
+
+def _weight(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A parameter outside of autograd, shared with the module unless a cast is needed."""
+    t = t.detach().to(dtype or t.dtype)
+    # A model that was built under inference_mode: autograd, which several layers need, may not save its tensors.
+    return t.clone() if t.is_inference() else t
+
+
+def _optional(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return None if t is None else _weight(t, dtype)
 
 
 def _layer_scale(block: Any, name: str, path: str) -> Tensor | None:

@@ -68,7 +68,13 @@ class Tower:
         return self.tail.proj.device
 
     def run(
-        self, h: Tensor, start: int = 0, stop: int | None = None, *, heads: int | None = None, mask: Tensor | None = None
+        self,
+        h: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        heads: int | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Blocks start..stop-1 on tokens h (B, N, D); stop=None runs to the top."""
         for block in self.blocks[start:stop]:
@@ -84,7 +90,7 @@ class Tower:
         heads: int | None = None,
         visible: Tensor | None = None,
     ) -> Site:
-        """The site of block `index` for its input h (B, N, D): keys and values of every token, the rest of the pooled one.
+        """The site of block `index` for its input h (B, N, D): keys and values of all tokens, the rest of the pooled.
 
         pooled (B,): each sequence's pooled position. visible (B, N): True where the pooled token may look.
         """
@@ -105,8 +111,8 @@ class Tower:
 class ImageTower(Tower):
     """A vision transformer whose embedding is its class token's.
 
-    patch_weight (D, 3, ph, pw) and patch_bias: the patch convolution; prefix (K, D): class and register tokens, the pooled
-    one first; positions (K + gh gw, D) for the grid (gh, gw) the model was trained on.
+    patch_weight (D, 3, ph, pw) and patch_bias: the patch convolution; prefix (K, D): class and register tokens, the
+    pooled one first; positions (K + gh gw, D) for the grid (gh, gw) the model was trained on.
     """
 
     patch_weight: Tensor
@@ -121,13 +127,15 @@ class ImageTower(Tower):
         return self.patch_weight.shape[2], self.patch_weight.shape[3]
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
-        """Patch grid (h, w) of an input (B, 3, H, W); pixels beyond the last whole patch are not seen, as in the model itself.
+        """Patch grid (h, w) of an input (B, 3, H, W); pixels beyond the last whole patch are not seen, as in the model.
 
         Raises InputError for an input smaller than one patch.
         """
         (ph, pw), (height, width) = self.patch_size, x.shape[-2:]
         if height < ph or width < pw:
-            raise InputError(f"images of {height} x {width} pixels hold no patch: this model cuts patches of {ph} x {pw}.")
+            raise InputError(
+                f"images of {height} x {width} pixels hold no patch: this model cuts patches of {ph} x {pw}."
+            )
         return height // ph, width // pw
 
     def patch(self, x: Tensor) -> Tensor:
@@ -173,7 +181,7 @@ class ImageTower(Tower):
 class TextTower(Tower):
     """A text transformer whose embedding is one token's.
 
-    table (V, D) and positions (T, D); pool: "argmax" (the largest id is EOT), "eos" (first `eot_id`), "first" or "last".
+    table (V, D) and positions (T, D); pool: "argmax" (the largest id is EOT), "eos" (first `eot_id`), "first", "last".
     """
 
     table: Tensor

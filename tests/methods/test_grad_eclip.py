@@ -42,7 +42,9 @@ def official(goldens: dict[str, Tensor]) -> CLIP:
 def test_published_image_maps(goldens, official, kind, spatial, key, form):
     explained = GradEclip(heads="single", spatial=spatial).image(image_tower(official), goldens[f"{kind}.image"])
     text = goldens[f"{kind}.text"]
-    torch.testing.assert_close(explained.maps(text, form=form)[0], goldens[f"{kind}.{key}"].flatten(1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        explained.maps(text, form=form)[0], goldens[f"{kind}.{key}"].flatten(1), rtol=0, atol=1e-9
+    )
     torch.testing.assert_close((explained.z @ text.T)[0], goldens[f"{kind}.score"], rtol=0, atol=1e-9)
 
 
@@ -65,7 +67,9 @@ def test_published_text_maps(goldens, official, layers):
         torch.testing.assert_close(found / found.sum(), expected, rtol=0, atol=1e-9)
 
 
-def naive_attention(block: nn.Module, x: Tensor, heads: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def naive_attention(
+    block: nn.Module, x: Tensor, heads: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v = F.linear(x, block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
     split = [t.unflatten(-1, (heads, -1)) for t in (q, k, v)]
     logits = torch.einsum("bmhd,bnhd->bhmn", split[0], split[1]) / split[0].shape[-1] ** 0.5
@@ -110,7 +114,13 @@ def naive(blocks, h, finish, pooled, texts, layers, reduce, keep, mask=None):
 def naive_image(model: CLIP, x: Tensor, texts: Tensor, layers: int, reduce: str) -> Tensor:
     v = model.visual
     maps = naive(
-        v.transformer.resblocks, v._embeds(x), lambda c: v.ln_post(c) @ v.proj, [0] * len(x), texts, layers, reduce,
+        v.transformer.resblocks,
+        v._embeds(x),
+        lambda c: v.ln_post(c) @ v.proj,
+        [0] * len(x),
+        texts,
+        layers,
+        reduce,
         lambda b: slice(1, None),
     )
     return torch.stack(maps).unflatten(0, (len(x), len(texts))).detach()
@@ -147,8 +157,15 @@ def test_text_side_equals_naive_autograd(build_clip, layers):
     images = F.normalize(torch.randn(3, 24, dtype=torch.float64), dim=-1)
     h = model.token_embedding(ids) + model.positional_embedding
     expected = naive(
-        model.transformer.resblocks, h, lambda c: model.ln_final(c) @ model.text_projection, pooled, images, layers,
-        "sum_then_relu", lambda b: slice(1, pooled[b]), model.attn_mask.double(),
+        model.transformer.resblocks,
+        h,
+        lambda c: model.ln_final(c) @ model.text_projection,
+        pooled,
+        images,
+        layers,
+        "sum_then_relu",
+        lambda b: slice(1, pooled[b]),
+        model.attn_mask.double(),
     )
     words = (torch.arange(20) >= 1) & (torch.arange(20) < torch.tensor(pooled)[:, None])
     explained = GradEclip(layers=layers).text(text_tower(model), ids, words)
@@ -202,8 +219,12 @@ def test_constant_keys_weigh_every_patch_alike(build_clip):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    height=st.integers(1, 4), width=st.integers(1, 4), batch=st.integers(1, 3), prompts=st.integers(1, 30),
-    form=st.sampled_from(["reverse", "features"]), layers=st.integers(1, 3),
+    height=st.integers(1, 4),
+    width=st.integers(1, 4),
+    batch=st.integers(1, 3),
+    prompts=st.integers(1, 30),
+    form=st.sampled_from(["reverse", "features"]),
+    layers=st.integers(1, 3),
 )
 def test_batch_equals_loop_and_order_does_not_matter(build_clip_once, height, width, batch, prompts, form, layers):
     tower = image_tower(build_clip_once)
@@ -223,11 +244,15 @@ def test_batch_equals_loop_and_order_does_not_matter(build_clip_once, height, wi
 @pytest.fixture(scope="module")
 def build_clip_once() -> CLIP:
     torch.manual_seed(3)
-    return CLIP(
-        embed_dim=24,
-        vision_cfg=CLIPVisionCfg(image_size=32, patch_size=16, layers=3, width=32, head_width=8),
-        text_cfg=CLIPTextCfg(context_length=8, vocab_size=50, width=32, heads=4, layers=2),
-    ).double().eval()
+    return (
+        CLIP(
+            embed_dim=24,
+            vision_cfg=CLIPVisionCfg(image_size=32, patch_size=16, layers=3, width=32, head_width=8),
+            text_cfg=CLIPTextCfg(context_length=8, vocab_size=50, width=32, heads=4, layers=2),
+        )
+        .double()
+        .eval()
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])

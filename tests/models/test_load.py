@@ -78,7 +78,7 @@ def test_same_shapes_are_not_guessed(small, tmp_path, monkeypatch):
     twin = {**open_clip.get_model_config("ViT-clipfast-test"), "quick_gelu": True}
     monkeypatch.setitem(_MODEL_CONFIGS, "ViT-clipfast-twin", twin)
     torch.save(small.state_dict(), tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="fits ViT-clipfast-test and ViT-clipfast-twin, .* say which"):
+    with pytest.raises(ModelError, match=r"fits ViT-clipfast-test and ViT-clipfast-twin, .* say which"):
         clipfast.load(tmp_path / "w.pt")
 
 

@@ -43,8 +43,12 @@ def test_embeddings_equal_the_models_own(build_clip, ids, variant):
     size = model.visual.image_size
     x = torch.randn(3, 3, *size)
     with torch.no_grad():
-        torch.testing.assert_close(image_tower(model).encode(x), model.encode_image(x, normalize=True), rtol=0, atol=1e-6)
-        torch.testing.assert_close(text_tower(model).encode(ids), model.encode_text(ids, normalize=True), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            image_tower(model).encode(x), model.encode_image(x, normalize=True), rtol=0, atol=1e-6
+        )
+        torch.testing.assert_close(
+            text_tower(model).encode(ids), model.encode_text(ids, normalize=True), rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP"])
@@ -63,7 +67,9 @@ def test_open_clip_architectures(name):
     model = open_clip.CLIP(**config).eval()
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(image_tower(model).encode(x), model.encode_image(x, normalize=True), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            image_tower(model).encode(x), model.encode_image(x, normalize=True), rtol=0, atol=1e-6
+        )
 
 
 def test_custom_text_module(ids):
@@ -126,7 +132,9 @@ def test_tail_derivative_is_the_tails(build_clip):
 def test_structures_that_do_not_fit(build_clip):
     with pytest.raises(ModelError, match="has no image tower called 'visual'; clipfast reads open_clip's"):
         image_tower(nn.Linear(2, 2))
-    resnet = open_clip.CLIP(24, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, {"width": 32, "heads": 2, "layers": 1})
+    resnet = open_clip.CLIP(
+        24, {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, {"width": 32, "heads": 2, "layers": 1}
+    )
     with pytest.raises(ModelError, match=r"visual \(ModifiedResNet\) has no"):
         image_tower(resnet)
     pooled = build_clip(pool_type="avg")

@@ -1,0 +1,348 @@
+"""The public calls: what users pass in, what they get back, and that their model is left alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import clipfast
+from clipfast import api
+from clipfast.errors import ImageError, InputError, ModelError, TextError
+
+TEXTS = ["a dog", "a red car", "two small birds on a wire"]
+
+
+@pytest.fixture
+def model(build_clip, tokenizer) -> clipfast.Model:
+    return clipfast.load(build_clip(), tokenizer=tokenizer)
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    sizes = [(64, 64), (120, 80), (50, 90), (64, 64), (7, 300)]
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+
+
+def test_scores_and_maps_of_all_pairs(model):
+    x = torch.randn(3, 3, 64, 64)
+    out = clipfast.explain(x, TEXTS, model=model)
+    assert out.maps.shape == (3, 3, 4, 4) and out.maps.dtype == torch.float32 and len(out) == 3
+    with torch.no_grad():
+        ids = model.tokenizer(TEXTS)
+        expected = model.module.encode_image(x, normalize=True) @ model.module.encode_text(ids, normalize=True).T
+    torch.testing.assert_close(out.scores, expected, rtol=0, atol=1e-6)
+    units = out.normalized()
+    hot = out.maps.flatten(2).amax(-1) > 0
+    assert (units.flatten(2).amax(-1)[hot] == 1).all() and units.min() == 0
+
+
+def test_every_kind_of_image_gives_the_same_map(model, images, tmp_path):
+    square = images[0]
+    square.save(tmp_path / "a.png")
+    encoded = io.BytesIO()
+    square.save(encoded, "PNG")
+    array = np.array(square)
+    same = [
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        square,
+        array,
+        torch.from_numpy(array).permute(2, 0, 1),
+        encoded.getvalue(),
+    ]
+    out = clipfast.explain(same, TEXTS, model=model)
+    torch.testing.assert_close(out.maps, out.maps[:1].expand_as(out.maps))
+    for whole in (tmp_path, str(tmp_path / "*.png"), torch.from_numpy(array).permute(2, 0, 1)[None], array[None]):
+        torch.testing.assert_close(clipfast.explain(whole, TEXTS, model=model).maps, out.maps[:1])
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=st.integers(1, 9), prompts=st.integers(1, 60), micro=st.sampled_from([1, 20, 50, 1000]))
+def test_batch_equals_loop(model, monkeypatch, batch, prompts, micro):
+    monkeypatch.setattr(api, "_CPU_TOKENS", micro)
+    torch.manual_seed(batch)
+    x, texts = torch.randn(batch, 3, 64, 64), torch.randn(prompts, 24)
+    explainer = clipfast.Explainer(model)
+    out = explainer(x, texts)
+    for i in range(batch):
+        torch.testing.assert_close(explainer(x[i], texts).maps[0], out.maps[i], rtol=1e-4, atol=1e-7)
+    texts = texts[torch.arange(batch) % prompts]
+    paired = explainer(x, texts, pairs=True)
+    assert paired.maps.shape == (batch, 1, 4, 4) and paired.scores.shape == (batch, 1)
+    rows = torch.arange(batch)
+    torch.testing.assert_close(paired.maps[:, 0], out.maps[rows, rows % prompts], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(paired.scores[:, 0], out.scores[rows, rows % prompts], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"layers": 2}, {"layers": 2, "reduce": "sum_then_relu"}, {"signed": True}])
+def test_features_give_the_maps_of_any_text(model, tmp_path, parameters):
+    x = torch.randn(5, 3, 64, 64)
+    explainer = clipfast.Explainer(model, **parameters)
+    features = explainer.features(x)
+    if not parameters:
+        assert features.values.shape == (5, 16, 24) and features.weights.shape == (5, 16)
+    out = explainer(x, TEXTS)
+    again = features.maps(TEXTS)
+    torch.testing.assert_close(again.maps, out.maps, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(again.scores, out.scores)
+    stored = clipfast.Features.load(features.save(tmp_path / "f.safetensors"))
+    embeddings = model.encode_texts(TEXTS)
+    torch.testing.assert_close(stored.maps(embeddings).maps, out.maps, rtol=1e-4, atol=1e-6)
+    assert stored.geometries == features.geometries
+    with pytest.raises(TextError, match="pass unit embeddings"):
+        stored.maps(TEXTS)
+
+
+def test_features_of_garbage(tmp_path):
+    (tmp_path / "f").write_bytes(b"garbage")
+    for path in (tmp_path / "f", tmp_path / "missing"):
+        with pytest.raises(InputError, match="does not hold attribution features"):
+            clipfast.Features.load(path)
+
+
+def test_words_of_a_text(model, images):
+    explainer = clipfast.Explainer(model)
+    words = explainer.words(images[0], TEXTS[2])
+    assert words.words == TEXTS[2].split() and words.values.shape == (6,) and words.tokens == words.words
+    assert (words.values >= 0).all() and words.score == pytest.approx(
+        float(explainer(images[0], TEXTS[2]).scores), abs=1e-6
+    )
+    signed = clipfast.Explainer(model, signed=True).words(images[0], TEXTS)
+    assert [len(w.words) for w in signed] == [2, 3, 6] and any((w.values < 0).any() for w in signed)
+    embedding = torch.randn(24)
+    assert explainer.words(embedding, "a dog").score == pytest.approx(
+        float(F.normalize(embedding, dim=0) @ model.encode_texts(["a dog"])[0]), abs=1e-6
+    )
+
+
+def test_maps_on_the_original_pixels(model, images):
+    for resize in (None, "crop", "squash", "longest", "keep"):
+        out = clipfast.explain(images, TEXTS, model=model, resize=resize)
+        for image, resized in zip(images, out.resize(), strict=True):
+            assert resized.shape == (3, image.height, image.width) and resized.isfinite().all()
+    assert isinstance(out.maps, list) and out.maps[1].shape == (3, 8, 5)
+    assert len(out.normalized()) == 5
+
+
+def test_kept_aspect_in_one_size_is_one_tensor(model, images):
+    out = clipfast.explain([images[0], images[3]], TEXTS, model=model, resize="keep")
+    assert isinstance(out.maps, torch.Tensor) and out.maps.shape == (2, 3, 4, 4)
+    with pytest.raises(InputError, match="one patch grid"):
+        clipfast.Explainer(model, resize="keep").features(images)
+
+
+def test_bad_images_do_not_stop_the_others(model, images, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 broken")
+    mixed = [
+        images[0],
+        tmp_path / "broken.jpg",
+        images[1],
+        tmp_path / "missing.png",
+        torch.full((3, 64, 64), torch.nan),
+    ]
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
+        clipfast.explain(mixed, TEXTS, model=model)
+    done: list[int] = []
+    explainer = clipfast.Explainer(model)
+    out = explainer(mixed, TEXTS, on_error="skip", progress=done.append)
+    assert sorted(out.errors) == [1, 3, 4] and sum(done) == 5
+    assert out.maps[[0, 2]].isfinite().all() and out.maps[[1, 3, 4]].isnan().all() and out.scores[1].isnan().all()
+    good = explainer([images[0], images[1]], TEXTS)
+    torch.testing.assert_close(out.maps[[0, 2]], good.maps)
+    features = explainer.features(mixed, on_error="skip")
+    assert features.values[1].isnan().all()
+    written = out.save(tmp_path / "out")
+    assert len([p for p in written if p.suffix == ".npz"]) == 2
+    assert [("error" in record) for record in out.to_json()] == [False, True, False, True, True]
+    kept = clipfast.explain(mixed, TEXTS, model=model, resize="keep", on_error="skip")
+    assert kept.maps[1].isnan().all() and kept.maps[2].shape == (3, 8, 5)
+
+
+def test_saved_maps_come_back(model, images, tmp_path):
+    out = clipfast.explain(images[:2], ["a dog", "a/dog?"], model=model)
+    written = out.save(tmp_path)
+    assert all(p.exists() for p in written) and len(set(written)) == len(written) == 6
+    with np.load(tmp_path / "image-1.npz") as stored:
+        np.testing.assert_array_equal(stored["maps"], out.maps[1].numpy())
+        assert stored["texts"].tolist() == ["a dog", "a/dog?"] and stored["size"].tolist() == [120, 80]
+    page = out.report(tmp_path / "report.html").read_text()
+    assert "a/dog?" in page and not list(tmp_path.glob("*.partial"))
+
+
+def snapshot(module: torch.nn.Module) -> dict:
+    return {
+        "weights": {k: v.clone() for k, v in module.state_dict().items()},
+        "grads": [p.grad for p in module.parameters()],
+        "flags": [p.requires_grad for p in module.parameters()],
+        "versions": [p._version for p in module.parameters()],
+        "training": [m.training for m in module.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in module.modules()],
+        "keys": [sorted(m.__dict__) for m in module.modules()],
+    }
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("mode", ["plain", "inference", "no_grad"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_users_model_is_untouched(build_clip, tokenizer, images, frozen, mode, layers):
+    module = build_clip(layers=4, patch_dropout=0.5).train()
+    module.requires_grad_(not frozen)
+    module.visual.transformer.resblocks[1].register_forward_hook(lambda *_: pytest.fail("the user's module was called"))
+    before = snapshot(module)
+    with {"plain": torch.enable_grad, "inference": torch.inference_mode, "no_grad": torch.no_grad}[mode]():
+        explainer = clipfast.Explainer(clipfast.load(module, tokenizer=tokenizer), layers=layers)
+        out = explainer(images[:2], TEXTS)
+        features = explainer.features(images[:2])
+        words = explainer.words(images[0], "a dog")
+    assert not out.maps.requires_grad and not features.values.requires_grad and not words.values.requires_grad
+    after = snapshot(module)
+    for name, value in before.pop("weights").items():
+        assert torch.equal(after["weights"][name], value)
+    after.pop("weights")
+    assert before == after
+
+
+def test_threads_share_one_model(model):
+    x = [torch.randn(4, 3, 64, 64) for _ in range(4)]
+    explainer = clipfast.Explainer(model, layers=2)
+    expected = [explainer(b, TEXTS).maps for b in x]
+    found: dict[int, torch.Tensor] = {}
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            found[i] = explainer(x[i], TEXTS[: 1 + i % 3]).maps
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        torch.testing.assert_close(found[i], expected[i][:, : 1 + i % 3])
+
+
+def test_changed_weights_change_the_answer(model, build_clip, tokenizer):
+    x = torch.randn(1, 3, 64, 64)
+    explainer = clipfast.Explainer(model)
+    rounded = clipfast.Explainer(model, precision="bfloat16")
+    before = [e(x, TEXTS).scores for e in (explainer, rounded)]
+    other = build_clip(seed=5)
+    model.module.load_state_dict(other.state_dict())
+    expected = clipfast.explain(x, TEXTS, model=clipfast.load(other, tokenizer=tokenizer)).scores
+    assert (before[0] - expected).abs().max() > 1e-3
+    torch.testing.assert_close(explainer(x, TEXTS).scores, expected)
+    torch.testing.assert_close(rounded(x, TEXTS).scores, expected, rtol=0, atol=2e-2)
+
+
+def test_precision(model, build_clip, tokenizer):
+    x = torch.randn(2, 3, 64, 64)
+    exact = clipfast.explain(x.double(), TEXTS, model=clipfast.load(build_clip().double(), tokenizer=tokenizer))
+    assert exact.maps.dtype == torch.float64 and exact.scores.dtype == torch.float64
+    for precision, tolerance in ((None, 1e-5), ("float32", 1e-5), ("auto", 2e-2), ("bfloat16", 2e-2)):
+        out = clipfast.explain(x, TEXTS, model=model, precision=precision)
+        assert out.maps.dtype == torch.float32
+        assert (out.maps - exact.maps).norm() / exact.maps.norm() < tolerance
+    half = clipfast.load(build_clip().half(), tokenizer=tokenizer)
+    out = clipfast.explain(x, TEXTS, model=half)
+    assert (out.maps - exact.maps).norm() / exact.maps.norm() < 2e-2
+
+
+def test_odd_tensors(model):
+    base = torch.randn(2, 64, 64, 3)
+    strided = base.permute(0, 3, 1, 2)
+    torch.testing.assert_close(
+        clipfast.explain(strided, TEXTS, model=model).maps,
+        clipfast.explain(strided.contiguous(), TEXTS, model=model).maps,
+    )
+    asked = torch.randn(1, 3, 64, 64, requires_grad=True)
+    assert not clipfast.explain(asked, torch.randn(2, 24, requires_grad=True), model=model).maps.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "no image to explain"),
+        (7, "a int is no image"),
+        (torch.zeros(64, 64), "is no image: pass .3, H, W."),
+        (torch.zeros(2, 64, 64, 3), "is no image: pass .3, H, W."),
+        (torch.zeros(3, 64, 64, dtype=torch.int64), "torch.int64 is no image"),
+        (torch.zeros(3, 8, 64), "holds no patch"),
+        (torch.full((3, 64, 64), torch.inf), "NaN or infinite pixels"),
+        (np.zeros((4, 4, 3), dtype=np.float64), "array of float64"),
+        ("nothing/*.png", "no image found"),
+        (b"garbage", "the image in memory"),
+    ],
+)
+def test_images_that_cannot_be_used(model, images, message):
+    with pytest.raises(InputError, match=message):
+        clipfast.explain(images, TEXTS, model=model)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "there is no text"),
+        (["a dog", "  "], "text 1 is empty"),
+        (["a dog", 3], "text 1 is a int"),
+        (torch.zeros(0, 24), "there is no text"),
+        (torch.zeros(2, 24), "finite and not zero"),
+        (torch.full((2, 24), torch.nan), "finite and not zero"),
+        (torch.zeros(2, 25), r"shape \(P, 24\)"),
+        (torch.zeros(24), r"shape \(P, 24\)"),
+        (torch.zeros(2, 24, dtype=torch.long), "must be floats"),
+    ],
+)
+def test_texts_that_cannot_be_used(model, texts, message):
+    with pytest.raises(TextError, match=message):
+        clipfast.explain(torch.randn(1, 3, 64, 64), texts, model=model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "grad_eclp"}, "did you mean 'grad_eclip'"),
+        ({"layer": 2}, "did you mean 'layers'"),
+        ({"precision": "fp8"}, "precision 'fp8' is unknown"),
+        ({"resize": "stretch"}, "resize must be one of"),
+        ({"on_error": "ignore"}, "'raise' or 'skip'"),
+        ({"pairs": True}, "2 images and 3 texts"),
+    ],
+)
+def test_arguments_that_cannot_be_used(model, arguments, message):
+    with pytest.raises(InputError, match=message):
+        clipfast.explain(torch.randn(2, 3, 64, 64), TEXTS, model=model, **arguments)
+
+
+def test_weights_with_nan_are_named(build_clip, tokenizer):
+    module = build_clip()
+    with torch.no_grad():
+        module.visual.transformer.resblocks[1].mlp.c_fc.weight[3, 4] = torch.nan
+    explainer = clipfast.Explainer(clipfast.load(module, tokenizer=tokenizer))
+    with pytest.raises(ModelError, match=r"first in visual.transformer.resblocks.1.mlp.c_fc.weight"):
+        explainer(torch.randn(1, 3, 64, 64), TEXTS)
+    with torch.no_grad():
+        module.text_projection[0, 0] = torch.inf
+    with pytest.raises(ModelError, match="hold NaN or infinite values"):
+        explainer.words(torch.randn(24), "a dog")
+
+
+def test_more_maps_than_memory(model, monkeypatch):
+    monkeypatch.setattr(api, "_memory", lambda device: 300)
+    with pytest.raises(InputError, match=r"2 x 3 maps need .* keep features\(images\)"):
+        clipfast.explain(torch.randn(2, 3, 64, 64), TEXTS, model=model)
+
+
+def test_copying_an_explained_module_still_works(model, images):
+    clipfast.explain(images[0], TEXTS, model=model)
+    clone = copy.deepcopy(model.module)
+    torch.testing.assert_close(clone(torch.ones(1, 3, 64, 64))[0], model.module(torch.ones(1, 3, 64, 64))[0])
