@@ -197,7 +197,7 @@ class Attribution:
         return Path(path)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One plain record an image: its prompts, scores, where each map peaks (x, y in original pixels), words, error."""
+        """One plain record an image: prompts, scores, where each map peaks (x, y in original pixels), words, error."""
         records: list[dict[str, Any]] = []
         for i in range(len(self)):
             record: dict[str, Any] = {"image": self.title(i)}

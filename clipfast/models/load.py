@@ -32,8 +32,8 @@ def load(
     """A CLIP model, ready to be explained.
 
     model: "demo"; an open_clip architecture ("ViT-B-16" with `pretrained`, or "ViT-B-16:openai" in one word);
-        "hf:org/name" for a model with an open_clip configuration on the Hugging Face hub; the path of a checkpoint (open_clip's .pt
-        or .safetensors, an OpenAI JIT archive); or a module you already have, which stays where and as it is.
+        "hf:org/name" for a model with an open_clip configuration on the Hugging Face hub; the path of a checkpoint
+        (open_clip's .pt or .safetensors, an OpenAI JIT archive); or a module you already have, which stays as it is.
     pretrained: a weights tag of open_clip, the path of a checkpoint, or "random" for untrained weights.
     tokenizer, preprocess: replace the model's own; preprocess may be a torchvision Compose or an InputSpec.
     device: where to load it; CUDA if there is any, else the CPU.
@@ -52,6 +52,8 @@ def load(
     name = str(model)
     if pretrained is None and ":" in name and not name.startswith("hf:") and not Path(name).exists():
         name, pretrained = name.split(":", 1)
+    module: nn.Module
+    own: Tokenizer
     if name == "demo":
         from clipfast.models.demo import load_demo
 

@@ -69,7 +69,7 @@ def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ImageTow
 def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower:
     """The text side, like `image_tower`."""
     # Newer open_clip models keep the text side in a module of its own, the classic ones spread it over the model.
-    t: Any = getattr(module, "text", module)
+    t: Any = getattr(module, "text", None) or module
     where = "text" if t is not module else type(module).__name__
     for name in ("token_embedding", "positional_embedding", "ln_final", "transformer"):
         if getattr(t, name, None) is None:
@@ -82,7 +82,8 @@ def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower
     mask = getattr(t, "attn_mask", None)
     if mask is None and t is module:
         # OpenAI's own package keeps the mask in each block.
-        mask = getattr(t.transformer.resblocks[0], "attn_mask", None)
+        first: Any = next(iter(getattr(t.transformer, "resblocks", [])), None)
+        mask = getattr(first, "attn_mask", None)
     if mask is not None:
         length = mask.shape[-1]
         if not torch.equal(mask.float().cpu(), torch.full((length, length), -torch.inf).triu_(1)):
@@ -98,7 +99,7 @@ def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower
         table=_weight(t.token_embedding.weight),
         positions=_weight(t.positional_embedding),
         pool=pool,
-        eot_id=getattr(t, "text_eos_id", getattr(t, "eos_id", None)),
+        eot_id=getattr(t, "text_eos_id", getattr(t, "eos_id", -1)),
     )
 
 

@@ -187,7 +187,7 @@ class TextTower(Tower):
     table: Tensor
     positions: Tensor
     pool: str
-    eot_id: int | None
+    eot_id: int
 
     @property
     def context_length(self) -> int:
@@ -202,7 +202,7 @@ class TextTower(Tower):
         if self.pool == "argmax":
             return ids.argmax(dim=-1)
         if self.pool == "eos":
-            return (ids == self.eot_id).int().argmax(dim=-1)
+            return ids.eq(self.eot_id).int().argmax(dim=-1)
         position = 0 if self.pool == "first" else ids.shape[1] - 1
         return torch.full((ids.shape[0],), position, dtype=torch.long, device=ids.device)
 
