@@ -64,9 +64,7 @@ class CMakeBuild(build_ext):
             except CompileError as error:
                 if mode in ("strict", "cpu"):
                     raise
-                self.announce(
-                    f"clipfast: {extension.module} is left out: {error}. `clipfast doctor` shows what is there.", 3
-                )
+                self.warn(f"clipfast.{extension.module} is left out: {error}. `clipfast doctor` lists what is there.")
                 if self.inplace:
                     # A module left over from an earlier build would pass for this one.
                     (ROOT / "clipfast" / self.artifact(extension.module).name).unlink(missing_ok=True)
@@ -156,10 +154,8 @@ def modules() -> list[CMakeExtension]:
     mode = build_mode()
     if mode == "none" or not (ROOT / "csrc").is_dir():
         return []
-    names = ["_native"]
-    if mode != "cpu":
-        names.append("_native_cuda")
-    return [CMakeExtension(name) for name in names]
+    # CUDA first: a strict build that lacks nvcc says so at once.
+    return [CMakeExtension(name) for name in (["_native"] if mode == "cpu" else ["_native_cuda", "_native"])]
 
 
 setup(

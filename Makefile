@@ -1,0 +1,70 @@
+# Every target sets up what it needs, once: a virtual environment in .venv, with clipfast installed editable in it.
+#   make demo   explain rendered scenes; the page to look at is named at the end
+#   make test   all tests
+#   make lint   formatting, lint, types, import layers
+#   make bench  the benchmarks, beside the libraries they are compared with
+#   make wheel  sdist and wheel in dist/
+# VENV names another environment, PYTHON the interpreter that makes it, BUILD what must be built (see setup.py).
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+
+# What can be built here must be built: a fallback would pass unnoticed.
+ifneq ($(shell command -v c++ 2>/dev/null),)
+BUILD ?= $(if $(shell command -v nvcc 2>/dev/null),strict,cpu)
+else
+BUILD ?= auto
+endif
+
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CPP := $(NATIVE) $(wildcard tests/ops/*/*.h)
+RESULTS ?= benchmarks/results/local.json
+
+.PHONY: demo test lint format bench wheel clean
+
+demo: $(VENV)/.installed
+	$(BIN)/clipfast demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/.bench
+	mkdir -p $(dir $(RESULTS))
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o filterwarnings=default --benchmark-enable --benchmark-json=$(RESULTS) -s $(ARGS)
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf build dist clipfast.egg-info clipfast/_native*.so
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "clipfast needs Python 3.11 or newer: make PYTHON=path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.created setup.py CMakeLists.txt pyproject.toml $(NATIVE)
+	CLIPFAST_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	CLIPFAST_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	CLIPFAST_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@
