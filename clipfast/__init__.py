@@ -11,6 +11,7 @@ from clipfast.errors import (
 )
 from clipfast.models.load import load
 from clipfast.models.model import Model
+from clipfast.ops.dispatch import backend
 from clipfast.results import Attribution, Features, Words
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "ModelError",
     "TextError",
     "Words",
+    "backend",
     "explain",
     "load",
 ]

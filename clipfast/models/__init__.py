@@ -1,0 +1,1 @@
+"""Adapters that read a model into towers: one file a family."""
