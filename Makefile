@@ -44,7 +44,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	mkdir -p $(dir $(RESULTS))
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o filterwarnings=default --benchmark-enable --benchmark-json=$(RESULTS) -s $(ARGS)
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o filterwarnings=default --benchmark-json=$(RESULTS) -s $(ARGS)
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --outdir dist .

@@ -1,6 +1,6 @@
 """mask_sequence: the native module against the definition, and against copying as many bytes as it writes.
 
-make bench, or: pytest benchmarks/bench_mask_sequence.py --benchmark-enable --benchmark-json=out.json
+make bench, or: pytest benchmarks/bench_mask_sequence.py --benchmark-json=out.json
 """
 
 from __future__ import annotations

@@ -75,7 +75,6 @@ def report(
     itself.
     """
     timings: dict[str, Timing] = benchmark.pedantic(paired, (functions, repeats, warmup), rounds=1, iterations=1)
-    benchmark.extra_info["machine"] = machine()
     for name, timing in timings.items():
         benchmark.extra_info[name] = {"median_seconds": timing.median, "ratio": timing.ratio}
     return timings
