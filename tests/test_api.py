@@ -118,6 +118,8 @@ def test_words_of_a_text(model, images):
         float(explainer(images[0], TEXTS[2]).scores), abs=1e-6
     )
     signed = clipfast.Explainer(model, signed=True).words(images[0], TEXTS)
+    alone = clipfast.Explainer(model, signed=True).words(images[0], TEXTS[1])
+    torch.testing.assert_close(signed[1].values, alone.values)
     assert [len(w.words) for w in signed] == [2, 3, 6] and any((w.values < 0).any() for w in signed)
     embedding = torch.randn(24)
     assert explainer.words(embedding, "a dog").score == pytest.approx(

@@ -177,8 +177,14 @@ class GradEclip:
 
     @torch.no_grad()
     def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> Explained:
-        """Prepare token ids (B, T); n = T, and positions outside `words` (B, T) get weight zero."""
+        """Prepare token ids (B, T); positions outside `words` (B, T) get weight zero.
+
+        n is T, or less where padding at the end can have no influence.
+        """
         pooled = tower.pooled(ids)
+        if tower.causal and self.lambda_over == "words":
+            seen = int(pooled.max()) + 1
+            ids, words = ids[:, :seen], words[:, :seen]
         layers = self._depth(tower, min(8, tower.depth))
         mask = tower.mask(ids.shape[1])
         visible = tower.visible(pooled, ids.shape[1])
