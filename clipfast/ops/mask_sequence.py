@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,10 +40,11 @@ class Noise:
         """The noise as uint8 images of this shape (B, C, H, W)."""
         b, c, h, w = shape
         numbers = torch.arange(self.first, self.first + b, device=device)[:, None] & 0xFFFFFFFF  # (B, 1)
-        key = _mix(
-            _mix(numbers.new_tensor(self.seed & 0xFFFFFFFF) ^ 0x9E3779B9) ^ (self.seed >> 32)
-        )  # zero would stay zero
-        key = _mix(_mix(key ^ numbers) ^ torch.arange(c, device=device))[..., None]  # (B, C, 1)
+        # The constant is there because zero would stay zero.
+        key = _mix(numbers.new_tensor(self.seed & 0xFFFFFFFF) ^ 0x9E3779B9)
+        key = _mix(_mix(_mix(key ^ (self.seed >> 32)) ^ numbers) ^ torch.arange(c, device=device))[
+            ..., None
+        ]  # (B, C, 1)
         pixels = torch.arange(h * w, device=device)
         return (_mix((key + _mix(key ^ pixels)) & 0xFFFFFFFF) >> 24).to(torch.uint8).view(b, c, h, w)
 
@@ -108,7 +109,7 @@ class Native(Backend[Inputs]):
 
     name = "native"
     devices = frozenset({"cpu"})
-    dtypes = {  # noqa: RUF012
+    dtypes: ClassVar = {
         "images": PIXELS,
         "fill": PIXELS,
         "ranks": frozenset({torch.int32, torch.int64}),

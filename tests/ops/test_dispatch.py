@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ class Definition(Backend[Double]):
 class Fast(Backend[Double]):
     name = "native"
     devices = frozenset({"cpu"})
-    dtypes = {"x": frozenset({torch.float32})}  # noqa: RUF012
+    dtypes: ClassVar = {"x": frozenset({torch.float32})}
 
     def why_not(self, inputs: Double) -> list[str]:
         return super().why_not(inputs) + (["x is not contiguous"] if not inputs.x.is_contiguous() else [])

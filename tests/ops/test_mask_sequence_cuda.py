@@ -82,7 +82,9 @@ def cases() -> dict[str, dict[str, Any]]:
 
 
 def check(case: str, dtype: torch.dtype, to: Callable[[Tensor], Tensor], offset: int) -> None:
-    arguments = {k: to(v) if isinstance(v, Tensor) and k != "fractions" else v for k, v in cases()[case].items()}
+    arguments: dict[str, Any] = {
+        k: to(v) if isinstance(v, Tensor) and k != "fractions" else v for k, v in cases()[case].items()
+    }
     with backend("torch"):
         expected = mask_sequence(**arguments, dtype=dtype)
     memory = to(torch.full((expected.numel() + 64,), torch.nan, dtype=dtype))

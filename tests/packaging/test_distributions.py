@@ -54,7 +54,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tracked_data() -> set[str]:
+def data_files() -> set[str]:
     suffixes = {".safetensors", ".png", ".webp", ".json", ".txt", ".html", ".css", ".js", ".typed"}
     return {str(p.relative_to(ROOT)) for p in (ROOT / "clipfast").rglob("*") if p.suffix in suffixes}
 
@@ -70,7 +70,7 @@ def test_the_sdist_holds_what_a_build_needs_and_real_files_only(sdist: Path) -> 
     names = {member.name.split("/", 1)[1] for member in members if member.isfile()}
     native = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert {"CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py", "clipfast/kernels/README.md"} <= names
-    assert native | sources() | tracked_data() <= names
+    assert native | sources() | data_files() <= names
     assert not [name for name in names if name.startswith((".", "tests/", "benchmarks/", "scripts/", "docs/"))]
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
@@ -79,7 +79,7 @@ def test_the_wheel_holds_the_package_its_data_and_nothing_else(wheel: Path) -> N
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         links = [info.filename for info in archive.infolist() if (info.external_attr >> 16) & 0o170000 == 0o120000]
-    assert sources() | tracked_data() | {"clipfast/kernels/README.md"} <= names
+    assert sources() | data_files() | {"clipfast/kernels/README.md"} <= names
     assert not links
     assert {name.split("/")[0] for name in names} == {"clipfast", "clipfast-0.1.0.dist-info"}
     assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", ".pyc"))]
