@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import pkgutil
@@ -75,6 +78,50 @@ class Backend(Generic[Inputs]):
     def run(self, inputs: Inputs) -> Tensor:
         """The op's result; called only when `why_not` has no reason."""
         raise NotImplementedError
+
+
+class Triton(Backend[Inputs]):
+    """A backend that launches Triton kernels: on NVIDIA GPUs, or on the CPU where TRITON_INTERPRET=1 interprets them.
+
+    Subclasses launch in `launch`, which finds the inputs' GPU current.
+    """
+
+    name = "triton"
+    devices = frozenset({"cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"})
+    capability = (8, 0)
+
+    def missing(self) -> list[str]:
+        return list(_triton_problems("cuda" in self.devices))
+
+    def version(self) -> str:
+        return f"triton {importlib.metadata.version('triton')}"
+
+    def why_not(self, inputs: Inputs) -> list[str]:
+        reasons = super().why_not(inputs)
+        if torch.is_grad_enabled():
+            reasons += [f"{field} requires a gradient" for field, t in _tensors(inputs) if t.requires_grad]
+        if len({t.device for _, t in _tensors(inputs)}) > 1:
+            reasons.append("the tensors are on several devices")
+        return reasons
+
+    def run(self, inputs: Inputs) -> Tensor:
+        device = next(t.device for _, t in _tensors(inputs))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return self.launch(inputs)
+
+    def launch(self, inputs: Inputs) -> Tensor:
+        """The op's result; called only when `why_not` has no reason, on the inputs' GPU."""
+        raise NotImplementedError
+
+
+@functools.cache
+def _triton_problems(needs_gpu: bool) -> tuple[str, ...]:
+    problems = []
+    if importlib.util.find_spec("triton") is None:
+        problems.append("Triton is not installed")
+    if needs_gpu and not torch.cuda.is_available():
+        problems.append("PyTorch finds no CUDA GPU")
+    return tuple(problems)
 
 
 class Op(Generic[Inputs]):
