@@ -159,6 +159,7 @@ def read_tail(block: Block, norm: Any, projection: Tensor | nn.Linear, path: str
     weight, bias = (projection.weight.T, projection.bias) if isinstance(projection, nn.Linear) else (projection, None)
     return Tail(
         block=block.to(dtype),
+        rows=block,
         norm=read_norm(norm, f"{path}.{'ln_post' if path == 'visual' else 'ln_final'}", dtype),
         proj=_weight(weight, dtype),
         proj_bias=_optional(bias, dtype),

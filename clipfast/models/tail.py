@@ -19,11 +19,17 @@ from clipfast.models.block import Block, Norm
 
 @dataclass(frozen=True)
 class Tail:
-    """The rest of the tower above the last attention. `proj` is (D, E), `proj_bias` (E,) or None."""
+    """The rest of the tower above the last attention. `proj` is (D, E), `proj_bias` (E,) or None.
+
+    Values are computed in float32 (float64 for a float64 model), as is everything elementwise in the derivative. The
+    derivative's products, of many rows, run in the trunk's dtype, with `rows` the same block in it: in float32 they
+    would cost a half-precision trunk several times what they cost a float32 one.
+    """
 
     block: Block
     norm: Norm
     proj: Tensor
+    rows: Block
     proj_bias: Tensor | None = None
 
     def project(self, x: Tensor) -> Tensor:
@@ -66,29 +72,38 @@ class LinearTail:
 
     def jvp(self, rows: Tensor) -> Tensor:
         """d/de z(o + e v) for directions v = rows (B, R, D): (B, R, E)."""
-        b, dz = self.tail.block, None
-        dy = F.linear(rows, b.out_weight)
+        b, w = self.tail.block, self.tail.rows
+        dy = _product(rows, w.out_weight.T)
         if b.scale1 is not None:
             dy = dy.mul_(b.scale1)
-        du = F.linear(_gain_(_norm_jacobian(dy, self.x1, self.r1), b.norm2), b.fc_weight).mul_(self.slope[:, None])
-        dw = F.linear(du, b.proj_weight)
+        du = _product(_gain_(_norm_jacobian(dy, self.x1, self.r1), b.norm2), w.fc_weight.T).mul_(self.slope[:, None])
+        dw = _product(du, w.proj_weight.T)
         del du
         dy = dy.add_(dw if b.scale2 is None else dw.mul_(b.scale2))
-        de = _gain_(_norm_jacobian(dy, self.x2, self.r2), self.tail.norm) @ self.tail.proj
+        de = _product(
+            _gain_(_norm_jacobian(dy, self.x2, self.r2), self.tail.norm), self.tail.proj.to(w.out_weight.dtype)
+        )
         dz = torch.baddbmm(de, de @ self.z[:, :, None], self.z[:, None, :], alpha=-1)
         return dz.div_(self.norm[:, None])
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """d(z . t)/do for cotangents t (B, R, E), or (R, E) shared by all images: (B, R, D)."""
-        b, batch = self.tail.block, self.z.shape[0]
+        b, w, batch = self.tail.block, self.tail.rows, self.z.shape[0]
         t = cotangents.expand(batch, *cotangents.shape[-2:])
-        ge = torch.baddbmm(t, t @ self.z[:, :, None], self.z[:, None, :], alpha=-1).div_(self.norm[:, None])
-        gx = _norm_jacobian(_gain_(ge @ self.tail.proj.T, self.tail.norm), self.x2, self.r2)
-        gm = (gx if b.scale2 is None else gx * b.scale2) @ b.proj_weight
-        ga = _gain_(gm.mul_(self.slope[:, None]) @ b.fc_weight, b.norm2)
+        # The division by the embedding's length comes last: before, half precision would lose small gradients.
+        ge = torch.baddbmm(t, t @ self.z[:, :, None], self.z[:, None, :], alpha=-1)
+        proj = self.tail.proj.T.to(w.out_weight.dtype)
+        gx = _norm_jacobian(_gain_(_product(ge, proj), self.tail.norm), self.x2, self.r2)
+        gm = _product(gx if b.scale2 is None else gx * b.scale2, w.proj_weight)
+        ga = _gain_(_product(gm.mul_(self.slope[:, None]), w.fc_weight), b.norm2)
         del gm
         gy = gx.add_(_norm_jacobian(ga, self.x1, self.r1))
-        return (gy if b.scale1 is None else gy.mul_(b.scale1)) @ b.out_weight
+        return _product(gy if b.scale1 is None else gy.mul_(b.scale1), w.out_weight).div_(self.norm[:, None])
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight, multiplied in the weight's dtype and handed back in that of the rows."""
+    return (rows.to(weight.dtype) @ weight).to(rows.dtype)
 
 
 def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
