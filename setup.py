@@ -7,7 +7,8 @@ CLIPFAST_BUILD says what must be built:
     cpu      the CPU module, which must build; CUDA is not tried
     none     pure Python
 
-CLIPFAST_CUDA_ARCHITECTURES names the GPUs to compile for: "80;90" unless said otherwise.
+CLIPFAST_CUDA_ARCHITECTURES names the GPUs to compile for: "80;90" unless said otherwise. CMake's own CMAKE_BUILD_TYPE
+chooses another build than Release.
 
 PyTorch is not imported here and no module links to it: one build serves every torch, and isolated builds work.
 """
@@ -83,7 +84,6 @@ class CMakeBuild(build_ext):
         artifact = self.artifact(module)
         folder = Path(self.build_temp).resolve() / module
         settings = {
-            "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": artifact.parent,
             "CLIPFAST_MODULE": module,
             "Python_EXECUTABLE": sys.executable,

@@ -24,7 +24,8 @@ def build(tmp_path: Path, mode: str, **environment: str) -> tuple[int, str, set[
     """The build's exit status, its output and the modules it made."""
     keep = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CXX", "CXXFLAGS")}
     command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}/lib", f"--build-temp={tmp_path}/temp"]
-    settings = {"CLIPFAST_BUILD": mode, "CLIPFAST_CUDA_ARCHITECTURES": "90"} | environment
+    # Debug compiles in a fraction of the time.
+    settings = {"CLIPFAST_BUILD": mode, "CLIPFAST_CUDA_ARCHITECTURES": "90", "CMAKE_BUILD_TYPE": "Debug"} | environment
     result = subprocess.run(command, cwd=ROOT, env=keep | settings, capture_output=True, text=True)
     made = {path.name.split(".")[0] for path in (tmp_path / "lib").rglob("*.so")}
     return result.returncode, result.stdout + result.stderr, made
