@@ -9,6 +9,8 @@ To add a backend to an op, in `clipfast/ops/X.py`:
 2. `X = Op("X", Fast(), Definition())` lists the backends, the fastest first; the definition is last, is named
    "torch", and can always run. `X(inputs)` runs the first that can.
 
+3. `@registered(fake)` makes a function of tensors that ends in `X(inputs)` an operator of torch.library as well.
+
 A user names a backend with `with clipfast.backend("native"):` or, for a process, with CLIPFAST_BACKEND. An op that
 has a backend of that name then runs it or raises BackendError with every reason; an op that has none of that name
 chooses as ever, and its log says so.
@@ -25,9 +27,9 @@ import importlib.util
 import logging
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ from torch import Tensor
 from clipfast.errors import BackendError, InputError, nearest
 
 Inputs = TypeVar("Inputs")
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 NAMES = ("auto", "torch", "triton", "native")
 
@@ -130,6 +134,7 @@ class Op(Generic[Inputs]):
     def __init__(self, name: str, *backends: Backend[Inputs]):
         self.name = name
         self.backends = backends
+        self._absent: set[Backend[Inputs]] = set()
         _ops[name] = self
 
     def __call__(self, inputs: Inputs) -> Tensor:
@@ -146,13 +151,40 @@ class Op(Generic[Inputs]):
             _say_once(f"{self.name} has no {wanted} backend and chooses among its own")
         refusals = []
         for backend in candidates or self.backends:
+            if not candidates and backend in self._absent:
+                continue
             reasons = backend.why_not(inputs)
             if not reasons:
                 return backend
             refusals.append(f"{label(backend)}: {'; '.join(reasons)}")
             if not candidates:
                 _say_once(f"{self.name} passes over {refusals[-1]}")
+                # What the machine lacks it lacks for the next call too, and asking again would cost each call.
+                if backend.missing():
+                    self._absent.add(backend)
         raise BackendError(f"{self.name} of {_described(inputs)} cannot run as asked: {'. '.join(refusals)}.")
+
+
+def registered(
+    fake: Callable[..., Any], *, mutates: Sequence[str] = ()
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Makes a function the operator `torch.ops.clipfast.<its name>`, which torch.compile keeps whole.
+
+    fake(*arguments) returns an empty tensor like the result's; mutates names the arguments written to. Outside of
+    torch.compile the function is called itself: through the library a call costs several microseconds more.
+    """
+
+    def register(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        operator = torch.library.custom_op(f"clipfast::{function.__name__}", function, mutates_args=mutates)
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            return operator(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+        return call
+
+    return register
 
 
 @contextlib.contextmanager
