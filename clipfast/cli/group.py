@@ -67,7 +67,7 @@ def _sentence(failure: Exception) -> str | None:
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Warnings of clipfast become one line each, said once; those of others are shown as ever."""
+    """What users are warned of becomes one line each, said once; what developers are, is shown as ever."""
     said: set[str] = set()
     ordinary = warnings.showwarning
 
@@ -86,6 +86,6 @@ def _notes() -> Iterator[None]:
             note(str(message))
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning, module=r"clipfast\b")
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield

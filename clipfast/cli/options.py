@@ -152,11 +152,12 @@ def _check_device(device: str | None) -> None:
         return
     import torch
 
-    kinds = ["cpu", "cuda", "mps", "xpu"]
     try:
         wanted = torch.device(device)
     except RuntimeError:
-        raise InputError(f"there is no device {device!r}: {nearest(device.split(':')[0], kinds)}") from None
+        raise InputError(
+            f"there is no device {device!r}: give cpu, cuda, cuda:1 (the second GPU), mps or xpu."
+        ) from None
     if wanted.type == "cpu":
         return
     backend = getattr(torch, wanted.type, None)
