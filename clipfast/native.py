@@ -14,7 +14,7 @@ from types import ModuleType
 from clipfast.errors import BackendError
 
 # Raised together with CLIPFAST_ABI in CMakeLists.txt whenever a signature in csrc/bindings.cpp changes.
-ABI = 1
+ABI = 2
 
 
 def module(name: str) -> ModuleType:

@@ -1,5 +1,5 @@
 // The native modules: addresses and sizes in, nothing out. Every argument is checked in Python, by
-// clipfast/ops/mask_sequence.py; what is checked here is only what would otherwise be a silent mistake of that code.
+// clipfast/ops; what is checked here is only what would otherwise be a silent mistake of that code.
 // Compiled twice: as _native (CPU), and with CLIPFAST_CUDA as _native_cuda.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +11,7 @@
 #ifdef CLIPFAST_CUDA
 #include "cuda/mask_sequence.h"
 #else
+#include "cpu/gmm_threshold.h"
 #include "cpu/mask_sequence.h"
 #endif
 
@@ -75,6 +76,29 @@ void mask_sequence(std::uintptr_t images, const std::string& image_type, const S
 #endif
 }
 
+#ifndef CLIPFAST_CUDA
+void gmm_threshold(std::uintptr_t scores, bool wide, const std::array<std::int64_t, 2>& strides, std::int64_t maps,
+                   std::int64_t size, bool hard, std::uintptr_t out, std::uintptr_t parameters,
+                   std::uintptr_t posterior, int threads) {
+  if (maps < 0 || size < 1)
+    throw std::invalid_argument("gmm_threshold was called with sizes that contradict each other");
+  clipfast::cpu::GmmThreshold op{};
+  op.scores = reinterpret_cast<const void*>(scores);
+  op.strides[0] = strides[0];
+  op.strides[1] = strides[1];
+  op.maps = maps;
+  op.size = size;
+  op.wide = wide;
+  op.hard = hard;
+  op.out = reinterpret_cast<void*>(out);
+  op.parameters = reinterpret_cast<void*>(parameters);
+  op.posterior = reinterpret_cast<void*>(posterior);
+
+  const py::gil_scoped_release release;
+  clipfast::cpu::gmm_threshold(op, threads);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(CLIPFAST_MODULE, m, py::mod_gil_not_used()) {
@@ -87,4 +111,9 @@ PYBIND11_MODULE(CLIPFAST_MODULE, m, py::mod_gil_not_used()) {
         py::arg("height"), py::arg("width"), py::arg("start"), py::arg("stop"), py::arg("out"), py::arg("out_type"),
         py::arg("lane"),
         "The masked images of clipfast.ops.mask_sequence. lane: threads to use (CPU) or the stream (CUDA).");
+#ifndef CLIPFAST_CUDA
+  m.def("gmm_threshold", &gmm_threshold, py::kw_only(), py::arg("scores"), py::arg("wide"), py::arg("strides"),
+        py::arg("maps"), py::arg("size"), py::arg("hard"), py::arg("out"), py::arg("parameters"), py::arg("posterior"),
+        py::arg("threads"), "The thresholded maps of clipfast.ops.gmm_threshold.");
+#endif
 }

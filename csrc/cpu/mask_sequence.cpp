@@ -4,11 +4,9 @@
 #include "mask_sequence.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <mutex>
-#include <thread>
 #include <vector>
+
+#include "parallel.h"
 
 namespace clipfast::cpu {
 namespace {
@@ -149,35 +147,14 @@ void run(const MaskSequence& op, int threads) {
   const std::int64_t first_pair = op.start / op.steps;
   const std::int64_t pairs = (op.stop - 1) / op.steps - first_pair + 1;
 
-  std::atomic<std::int64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex failure_lock;
-  const auto work = [&] {
-    try {
-      Worker<Out, Compute> worker(op);
-      for (std::int64_t task = next++; task < pairs * tiles; task = next++) {
-        const std::int64_t first = task % tiles * kTile;
-        worker.tile(first_pair + task / tiles, first, std::min(kTile, plane - first));
-      }
-    } catch (...) {
-      const std::lock_guard<std::mutex> guard(failure_lock);
-      failure = std::current_exception();
-    }
-  };
-
   const std::int64_t bytes = (op.stop - op.start) * op.channels * plane * static_cast<std::int64_t>(sizeof(Out));
   const std::int64_t wanted = std::min<std::int64_t>({threads, pairs * tiles, 1 + bytes / kBytesPerThread});
-  std::vector<std::thread> helpers;
-  for (std::int64_t i = 1; i < wanted; ++i) {
-    try {
-      helpers.emplace_back(work);
-    } catch (const std::system_error&) {
-      break;  // the system grants no more threads: those there are do the work
-    }
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
-  if (failure) std::rethrow_exception(failure);
+  share(pairs * tiles, wanted, [&] {
+    return [worker = Worker<Out, Compute>(op), first_pair, tiles, plane](std::int64_t task) mutable {
+      const std::int64_t first = task % tiles * kTile;
+      worker.tile(first_pair + task / tiles, first, std::min(kTile, plane - first));
+    };
+  });
 }
 
 }  // namespace

@@ -4,8 +4,7 @@
 
 namespace clipfast::cpu {
 
-// Runs on up to `threads` threads of its own, started for this call alone: a pool would not survive a fork, and data
-// loaders fork.
+// Runs on up to `threads` threads.
 void mask_sequence(const MaskSequence& op, int threads);
 
 }  // namespace clipfast::cpu
