@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -144,8 +145,12 @@ def _state_dict(path: Path) -> Mapping[str, Tensor] | None:
             torch.jit.load(str(path), map_location="cpu")
         return None
     except RuntimeError:
+        pass
+    try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    stored = stored.get("state_dict", stored)
+        stored = stored.get("state_dict", stored)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError) as error:
+        raise ValueError("it holds no weights that open_clip or torch.save could have written.") from error
     return {key.removeprefix("module."): value for key, value in stored.items()}
 
 

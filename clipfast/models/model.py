@@ -128,7 +128,7 @@ class Model:
             lost = self.spell(pieces[room:])
             warnings.warn(
                 f"a text of {len(pieces)} tokens was cut to the {room} that {self.name} takes; lost: {lost!r}",
-                stacklevel=4,
+                stacklevel=2,
             )
 
     def spell(self, ids: Sequence[int]) -> str:
