@@ -175,7 +175,8 @@ def registered(
     """
 
     def register(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        operator = torch.library.custom_op(f"clipfast::{function.__name__}", function, mutates_args=mutates)
+        name = f"clipfast::{function.__name__.removeprefix('_')}"
+        operator = torch.library.custom_op(name, function, mutates_args=mutates)
         operator.register_fake(fake)
 
         @functools.wraps(function)

@@ -62,6 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=dropped)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
 def compiled(request: pytest.FixtureRequest, tmp_path: Path) -> Compile:
     """Compiles launches ahead of time and checks what they use; see above."""

@@ -9,6 +9,12 @@ from clipfast.errors import BackendError, InputError
 from clipfast.ops.dispatch import backend
 from clipfast.ops.path import path_accumulate, path_points
 
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 SIZES = st.integers(1, 6)
 
 
