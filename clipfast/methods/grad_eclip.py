@@ -120,13 +120,11 @@ def combine(
     """
     for layer, (weight, value) in enumerate(zip(weights, values, strict=True)):
         direction = directions if isinstance(directions, Tensor) else directions[layer]
+        each = relu == "each"
         if layer == 0:
-            gradient_weighted(weight, value, direction, out=out)
-            if relu == "each":
-                out.relu_()
+            gradient_weighted(weight, value, direction, relu=each, out=out)
         else:
-            product = gradient_weighted(weight, value, direction)
-            out.add_(product.relu_() if relu == "each" else product)
+            out.add_(gradient_weighted(weight, value, direction, relu=each))
     return out.relu_() if relu == "sum" else out
 
 
