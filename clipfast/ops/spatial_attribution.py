@@ -21,6 +21,8 @@ FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 WIDE = frozenset({torch.float32})
 # F.normalize's: shorter vectors count as this long.
 SHORTEST = 1e-12
+# Products of prompts and patches at a time, few enough for a CPU's caches.
+PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,23 @@ def define(x: Inputs) -> Tensor:
         assert x.q is not None
         assert x.k is not None
         weight = define_weight(Loosening(x.q, x.k, None))
-    # One product per image into its place: a broadcast batched product would first copy a shared g B times.
-    for out, g, v, of_image in zip(x.out, x.g, x.v.mT, weight, strict=True):
-        torch.mm(g.to(out.dtype), v.to(out.dtype), out=out).mul_(of_image)
+    dtype = x.out.dtype
+    if x.g.stride(0):
+        for out, g, v, of_image in zip(x.out, x.g, x.v.mT, weight, strict=True):
+            torch.mm(g.to(dtype), v.to(dtype), out=out).mul_(of_image)
+            if x.relu:
+                out.relu_()
+        return x.out
+    # A g that the images share is read once for all of them, and the ReLU is the move of a piece out of the caches: two
+    # thirds of the time that a product and a ReLU for each image take a CPU for 10,000 prompts.
+    rows = (x.v.to(dtype) * weight[..., None]).flatten(0, 1).mT
+    prompts = max(1, PIECE // rows.shape[1])
+    for g, out in zip(x.g[0].to(dtype).split(prompts), x.out.split(prompts, dim=1), strict=True):
+        products = (g @ rows).unflatten(1, weight.shape).transpose(0, 1)
         if x.relu:
-            out.relu_()
+            torch.clamp_min(products, 0, out=out)
+        else:
+            out.copy_(products)
     return x.out
 
 

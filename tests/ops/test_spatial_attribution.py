@@ -85,7 +85,7 @@ def test_packed_and_padded_inputs_are_read_in_place() -> None:
 def test_directions_may_be_shared_by_the_batch() -> None:
     weight, v, g = torch.rand(3, 7), torch.randn(3, 7, 6), torch.randn(4, 6)
     shared = gradient_weighted(weight, v, g)
-    assert torch.equal(shared, gradient_weighted(weight, v, g.expand(3, -1, -1).clone()))
+    torch.testing.assert_close(shared, gradient_weighted(weight, v, g.expand(3, -1, -1).clone()))
     torch.testing.assert_close(shared, torch.einsum("bi,bic,pc->bpi", weight, v, g))
 
 
