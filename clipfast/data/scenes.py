@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from clipfast.errors import InputError, nearest
 
+WORD_FLOOR = 0.95  # the same of a written word, which has to stay legible
 VISIBLE_FLOOR = 0.6  # least share of an object's pixels that later objects and the word leave visible
 MAX_OBJECTS = 4
 
@@ -62,15 +63,25 @@ class SceneObject:
 class Scene:
     """An image (H, W, 3) uint8 with what is in it.
 
-    `caption` says what is there; `foil` is the same sentence with one thing wrong. `word` is the text written on the
-    image, if any, and `word_mask` (H, W) bool the pixels it covers."""
+    `caption` says what is there; `foil` is the same sentence with one thing wrong. `written` are the words on the
+    image, named by what they say; their masks cover the ink and its plate.
+    """
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
     caption: str
     foil: str
-    word: str | None = None
-    word_mask: np.ndarray | None = None
+    written: tuple[SceneObject, ...] = ()
+
+    @property
+    def word(self) -> str | None:
+        """The first written word, None where none is."""
+        return self.written[0].name if self.written else None
+
+    @property
+    def word_mask(self) -> np.ndarray | None:
+        """The pixels of the first written word and its plate, (H, W) bool; None where no word is."""
+        return self.written[0].mask if self.written else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -225,26 +236,27 @@ def _position(x: float, y: float) -> str:
 
 @dataclass
 class _Layer:
-    """Something pasted on the canvas: its full mask, and the part of it still visible."""
+    """Something pasted on the canvas: its full mask, the part still visible, and the share that has to stay so."""
 
     full: np.ndarray
     visible: np.ndarray
+    floor: float
 
 
 def _fits(layers: list[_Layer], mask: np.ndarray) -> bool:
-    return all((layer.visible & ~mask).sum() >= VISIBLE_FLOOR * layer.full.sum() for layer in layers)
+    return all((layer.visible & ~mask).sum() >= layer.floor * layer.full.sum() for layer in layers)
 
 
-def _cover(layers: list[_Layer], mask: np.ndarray) -> None:
+def _cover(layers: list[_Layer], mask: np.ndarray, floor: float) -> None:
     for layer in layers:
         layer.visible &= ~mask
-    layers.append(_Layer(mask, mask.copy()))
+    layers.append(_Layer(mask, mask.copy(), floor))
 
 
 def _place(
-    rng: random.Random, canvas: Image.Image, layers: list[_Layer], sprite: Image.Image
+    rng: random.Random, canvas: Image.Image, layers: list[_Layer], sprite: Image.Image, floor: float
 ) -> tuple[int, int] | None:
-    """Paste where every earlier layer keeps its visible floor; the top left corner, or None when no try fitted."""
+    """Paste where every earlier layer keeps its floor; the top left corner, or None when no try fitted."""
     alpha = np.asarray(sprite.getchannel("A")) > 127
     for _ in range(12):
         x = rng.randint(0, max(0, canvas.width - sprite.width))
@@ -254,7 +266,7 @@ def _place(
         region[:] = alpha[: region.shape[0], : region.shape[1]]
         if _fits(layers, mask):
             canvas.paste(sprite, (x, y), sprite)
-            _cover(layers, mask)
+            _cover(layers, mask, floor)
             return x, y
     return None
 
@@ -295,7 +307,7 @@ def render(
     size: int | tuple[int, int] = 96,
     objects: int | tuple[int, int] = (1, 3),
     *,
-    word: bool | str = False,
+    word: bool | str | Sequence[str] = False,
     only: Sequence[str] | None = None,
     repeat: float = 0.08,
     distractors: float = 0.35,
@@ -304,7 +316,8 @@ def render(
 
     size: pixels, one number for a square or (height, width); objects: how many things, one number or an inclusive
     range, 0 to 4 (fewer are drawn where no room is left, but never fewer than one unless 0 was asked for); word: write
-    a random name on it, or the given text; only: names to choose from; repeat: how often a second thing of the same
+    a random name on it, or the given text or texts, where room is left; only: names to choose from; repeat: how often a
+    second thing of the same
     name appears in scenes of two and more; distractors: how often nameless shapes lie in the background.
 
     Raises InputError for a size below 32, a count outside 0 to 4, or an unknown name.
@@ -339,24 +352,24 @@ def render(
         least, most = _SIZES[size_word]
         side = 2 * round(unit * rng.uniform(least, min(most, _LARGEST[count])) / 2)
         sprite = _sprite(name, colour, side, flipped, angle)
-        corner = _place(rng, canvas, layers, sprite)
+        corner = _place(rng, canvas, layers, sprite, VISIBLE_FLOOR)
         if corner is not None:
             x, y = (corner[0] + sprite.width / 2) / width, (corner[1] + sprite.height / 2) / height
             things.append(SceneObject(name, colour, size_word, _position(x, y), nothing, (0, 0, 0, 0)))
+    drawn = len(things)
 
-    text, word_mask = None, None
-    if word:
-        text = word if isinstance(word, str) else rng.choice(names())
-        if _place(rng, canvas, layers, _written(rng, text, width, unit)) is None:
-            text = None
-        else:
-            word_mask = layers[-1].visible
+    texts = [rng.choice(names())] if word is True else [word] if isinstance(word, str) else list(word or ())
+    for text in texts:
+        plate = _written(rng, text, width, unit)
+        corner = _place(rng, canvas, layers, plate, WORD_FLOOR)
+        if corner is not None:
+            x, y = (corner[0] + plate.width / 2) / width, (corner[1] + plate.height / 2) / height
+            things.append(SceneObject(text, None, "medium", _position(x, y), nothing, (0, 0, 0, 0)))
     things = [
-        replace(thing, mask=layer.visible, box=_box(layer.visible))
-        for thing, layer in zip(things, layers, strict=False)
+        replace(thing, mask=layer.visible, box=_box(layer.visible)) for thing, layer in zip(things, layers, strict=True)
     ]
-    caption, foil = _describe(rng, things, text)
-    return Scene(np.asarray(canvas), tuple(things), caption, foil, text, word_mask)
+    caption, foil = _describe(rng, things[:drawn], [thing.name for thing in things[drawn:]])
+    return Scene(np.asarray(canvas), tuple(things[:drawn]), caption, foil, tuple(things[drawn:]))
 
 
 @dataclass(frozen=True)
@@ -435,11 +448,12 @@ def _swapped(rng: random.Random, phrases: list[_Phrase]) -> list[_Phrase]:
     return [*phrases[:i], wrong, *phrases[i + 1 :]]
 
 
-def _describe(rng: random.Random, things: Sequence[SceneObject], word: str | None) -> tuple[str, str]:
+def _describe(rng: random.Random, things: Sequence[SceneObject], written: Sequence[str]) -> tuple[str, str]:
     """A true caption and its foil. A written word is what the caption speaks of in half of the scenes that hold one."""
-    if word is not None and (not things or rng.random() < 0.5):
+    if written and (not things or rng.random() < 0.5):
         frame = rng.choice(_WORD_FRAMES)
-        return frame.format(word), frame.format(rng.choice([name for name in names() if name != word]))
+        word = written[0] if len(written) == 1 else rng.choice(written)
+        return frame.format(word), frame.format(rng.choice([name for name in names() if name not in written]))
     if not things:
         frame = rng.choice(_FRAMES[2:])
         return rng.choice(_EMPTY), frame.format(_Phrase(rng.choice(names()), "", "", "").text(False))
@@ -482,7 +496,7 @@ class Scenes(Sequence[Scene]):
         size: int | tuple[int, int] = 96,
         objects: int | tuple[int, int] = (1, 3),
         *,
-        word: bool | str = False,
+        word: bool | str | Sequence[str] = False,
         only: Sequence[str] | None = None,
         repeat: float = 0.08,
         distractors: float = 0.35,

@@ -136,6 +136,18 @@ def test_written_words():
     assert render(1, word="hello").word == "hello"
 
 
+def test_several_words_each_stay_legible():
+    scene = render(5, size=160, objects=0, word=["cat", "dog", "sun"])
+    assert [thing.name for thing in scene.written] == ["cat", "dog", "sun"]
+    assert scene.word == "cat"
+    assert scene.caption.split()[-1] in ("cat", "dog", "sun")
+    assert scene.foil.split()[-1] not in ("cat", "dog", "sun")
+    for seed in range(40):
+        for thing in render(seed, objects=0, word=["cat"] * 5).written:
+            x0, y0, x1, y1 = thing.box
+            assert thing.mask.sum() >= 0.3 * (x1 - x0) * (y1 - y0)
+
+
 def test_scenes_without_objects():
     scene = render(3, objects=0)
     assert scene.objects == ()
