@@ -3,6 +3,7 @@
 #   make test   all tests
 #   make lint   formatting, lint, types, import layers
 #   make bench  the benchmarks, beside the libraries they are compared with
+#   make gpu-check  what needs a GPU: every fast path checked and timed, figures in benchmarks/results/
 #   make wheel  sdist and wheel in dist/
 # VENV names another environment, PYTHON the interpreter that makes it, BUILD what must be built (see setup.py).
 
@@ -22,7 +23,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/ops/*/*.h)
 RESULTS ?= benchmarks/results/local.json
 
-.PHONY: demo test lint format bench wheel clean
+.PHONY: demo test lint format bench gpu-check wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clipfast demo
@@ -45,6 +46,9 @@ format: $(VENV)/.dev
 bench: $(VENV)/.bench
 	mkdir -p $(dir $(RESULTS))
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o filterwarnings=default --benchmark-json=$(RESULTS) -s $(ARGS)
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --outdir dist .
