@@ -79,7 +79,7 @@ void mask_sequence(std::uintptr_t images, const std::string& image_type, const S
 #ifndef CLIPFAST_CUDA
 void gmm_threshold(std::uintptr_t scores, bool wide, const std::array<std::int64_t, 2>& strides, std::int64_t maps,
                    std::int64_t size, bool hard, std::uintptr_t out, std::uintptr_t parameters,
-                   std::uintptr_t posterior, int threads) {
+                   std::uintptr_t posterior, int threads, bool portable) {
   if (maps < 0 || size < 1)
     throw std::invalid_argument("gmm_threshold was called with sizes that contradict each other");
   clipfast::cpu::GmmThreshold op{};
@@ -95,7 +95,7 @@ void gmm_threshold(std::uintptr_t scores, bool wide, const std::array<std::int64
   op.posterior = reinterpret_cast<void*>(posterior);
 
   const py::gil_scoped_release release;
-  clipfast::cpu::gmm_threshold(op, threads);
+  clipfast::cpu::gmm_threshold(op, threads, portable);
 }
 #endif
 
@@ -114,6 +114,7 @@ PYBIND11_MODULE(CLIPFAST_MODULE, m, py::mod_gil_not_used()) {
 #ifndef CLIPFAST_CUDA
   m.def("gmm_threshold", &gmm_threshold, py::kw_only(), py::arg("scores"), py::arg("wide"), py::arg("strides"),
         py::arg("maps"), py::arg("size"), py::arg("hard"), py::arg("out"), py::arg("parameters"), py::arg("posterior"),
-        py::arg("threads"), "The thresholded maps of clipfast.ops.gmm_threshold.");
+        py::arg("threads"), py::arg("portable") = false,
+        "The thresholded maps of clipfast.ops.gmm_threshold. portable: without this processor's own instructions.");
 #endif
 }

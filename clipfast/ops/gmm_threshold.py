@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipfast import native
 from clipfast.errors import InputError, nearest
-from clipfast.ops.dispatch import Backend, Op
+from clipfast.ops.dispatch import Backend, Op, Triton, registered
 
-Threshold = Literal["soft", "hard", "none"]
-
+THRESHOLDS = ("soft", "hard", "none")
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 QUANTILES = (0.25, 0.75)
 NARROW = 1e-3
 REGULARISATION = 1e-6
@@ -153,7 +153,7 @@ class Native(Backend[Inputs]):
 
     name = "native"
     devices = frozenset({"cpu"})
-    dtypes = {"scores": frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})}  # noqa: RUF012
+    dtypes = {"scores": FLOATS | {torch.float64}}  # noqa: RUF012
 
     def missing(self) -> list[str]:
         reason = native.problem("_native")
@@ -179,10 +179,34 @@ class Native(Backend[Inputs]):
         return inputs.out
 
 
-_op = Op("gmm_threshold", Native(), Torch())
+class TritonKernel(Triton[Inputs]):
+    """kernels/gmm_threshold.py."""
+
+    dtypes = {"scores": FLOATS}  # noqa: RUF012
+    largest = 8192
+
+    def why_not(self, inputs: Inputs) -> list[str]:
+        reasons = super().why_not(inputs)
+        if inputs.scores.shape[1] > self.largest:
+            reasons.append(f"maps of {inputs.scores.shape[1]} scores are larger than {self.largest}")
+        return reasons
+
+    def launch(self, inputs: Inputs) -> Tensor:
+        from clipfast.kernels import gmm_threshold as kernels
+
+        kernels.gmm_threshold(inputs.scores, inputs.hard, inputs.out, inputs.parameters, inputs.posterior)
+        return inputs.out
 
 
-def gmm_threshold(scores: Tensor, threshold: Threshold = "soft") -> Tensor:
+_op = Op("gmm_threshold", TritonKernel(), Native(), Torch())
+
+
+def _fake(scores: Tensor, threshold: str = "soft") -> Tensor:
+    return torch.empty(scores.shape, dtype=_precision(scores), device=scores.device)
+
+
+@registered(_fake)
+def gmm_threshold(scores: Tensor, threshold: str = "soft") -> Tensor:
     """The maps (..., n) of scores (..., n) with what a mixture of two Gaussians takes for background set to zero.
 
     Each map is fitted by itself, by expectation-maximisation with its own early stop, as this module's text says.
@@ -202,21 +226,22 @@ def gmm_threshold(scores: Tensor, threshold: Threshold = "soft") -> Tensor:
     Raises InputError for scores that are not floating or have no dimension or no score in the last, and for an unknown
     threshold.
     """
-    if threshold not in get_args(Threshold):
-        raise InputError(f"threshold {threshold!r} is unknown; {nearest(str(threshold), get_args(Threshold))}")
-    maps = _maps(scores)
+    check_threshold(threshold)
+    maps, out = _maps(scores), _fake(scores)
     if threshold == "none":
-        return maps.to(_precision(scores), copy=True).view(scores.shape)
-    out = torch.empty(maps.shape, dtype=_precision(scores), device=scores.device)
-    return _op(Inputs(maps, threshold == "hard", out)).view(scores.shape)
+        return out.copy_(scores.detach())
+    if out.numel():
+        _op(Inputs(maps, threshold == "hard", out.view(maps.shape)))
+    return out
 
 
 def fit_mixture(scores: Tensor) -> Mixture:
     """The mixture that `gmm_threshold` fits to each map of scores (..., n), floating; raises InputError as it does."""
     maps = _maps(scores)
-    out, posterior = (torch.empty(maps.shape, dtype=_precision(scores), device=scores.device) for _ in range(2))
+    out, posterior = _fake(maps), _fake(maps)
     parameters = out.new_empty(len(maps), 7)
-    _op(Inputs(maps, False, out, parameters, posterior))
+    if len(maps):
+        _op(Inputs(maps, False, out, parameters, posterior))
     batch = scores.shape[:-1]
     means, variances, weights, iterations = parameters.split([2, 2, 2, 1], dim=-1)
     return Mixture(
@@ -226,6 +251,12 @@ def fit_mixture(scores: Tensor) -> Mixture:
         posterior.view(scores.shape),
         iterations.reshape(batch).nan_to_num().int(),
     )
+
+
+def check_threshold(threshold: str) -> None:
+    """Raises InputError unless this is the name of a threshold."""
+    if threshold not in THRESHOLDS:
+        raise InputError(f"threshold {threshold!r} is unknown; {nearest(str(threshold), THRESHOLDS)}")
 
 
 def _maps(scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@
 
 namespace clipfast::cpu {
 
-#ifdef __x86_64__
+#ifdef CLIPFAST_AVX2
 void gmm_threshold_map_avx2(const GmmThreshold& op, std::int64_t map, void* workspace);
 #endif
 
@@ -22,11 +22,11 @@ struct alignas(64) CacheLine {
 
 }  // namespace
 
-void gmm_threshold(const GmmThreshold& op, int threads) {
+void gmm_threshold(const GmmThreshold& op, int threads, [[maybe_unused]] bool portable) {
   if (op.maps == 0) return;
   auto one = &threshold_map;
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2")) one = &gmm_threshold_map_avx2;
+#ifdef CLIPFAST_AVX2
+  if (!portable && __builtin_cpu_supports("avx2")) one = &gmm_threshold_map_avx2;
 #endif
   const std::int64_t lines = (op.size * static_cast<std::int64_t>(sizeof(double)) + 63) / 64;
   const std::int64_t wanted = std::min<std::int64_t>(threads, 1 + op.maps * op.size / kNumbersPerThread);

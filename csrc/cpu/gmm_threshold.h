@@ -15,7 +15,7 @@ struct GmmThreshold {
   void* posterior;   // (maps, size) or none
 };
 
-// Runs on up to `threads` threads.
-void gmm_threshold(const GmmThreshold& op, int threads);
+// Runs on up to `threads` threads; `portable` leaves out instructions that not every processor of this kind has.
+void gmm_threshold(const GmmThreshold& op, int threads, bool portable);
 
 }  // namespace clipfast::cpu

@@ -13,6 +13,10 @@ namespace clipfast::cpu {
 // Unnamed: a linker could take functions compiled for AVX2 for the other source's.
 namespace {
 
+constexpr double kInverseFactorial[] = {
+    1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+    1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+
 template <class T>
 struct Lanes;
 template <>
@@ -199,8 +203,11 @@ class Map {
     const Values shifted = clamped * T(1.44269504088896340736) + round;
     const Values k = shifted - round;
     const Values r = (clamped - k * Lanes<T>::log2_high) - k * Lanes<T>::log2_low;
-    Values series = Values{} + T(1);
-    for (int i = Lanes<T>::taylor; i > 0; --i) series = series * r * T(1.0 / i) + T(1);
+    const Values square = r * r;
+    Values series{};
+    // Two terms at a time: half as long a chain of products that wait for each other.
+    for (int i = Lanes<T>::taylor - 1; i >= 0; i -= 2)
+      series = series * square + (r * T(kInverseFactorial[i + 1]) + T(kInverseFactorial[i]));
     const Integers scaled =
         reinterpret_cast<const Integers&>(series) + (reinterpret_cast<const Integers&>(shifted) << Lanes<T>::mantissa);
     result = reinterpret_cast<const Values&>(scaled);
