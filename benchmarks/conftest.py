@@ -2,7 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from paired import machine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rounds", type=int, default=7, help="interleaved rounds of bench_explain; what fewer than 7 find is not kept"
+    )
 
 
 def pytest_benchmark_update_machine_info(config: object, machine_info: dict[str, Any]) -> None:
