@@ -22,7 +22,7 @@ from clipfast.methods import build_method
 from clipfast.methods.grad_eclip import Relu
 from clipfast.models.load import load
 from clipfast.models.model import Model, Precision
-from clipfast.models.tower import ImageTower
+from clipfast.models.tower import ImageTower, TextTower
 from clipfast.results import Attribution, Features, Words
 
 Texts = str | Sequence[str] | Tensor
@@ -108,12 +108,12 @@ class Explainer:
         """
         started = time.perf_counter()
         found = sources(images)
-        names, embeddings = self._texts(texts)
+        tower, text_tower = self.model.towers(self.precision)
+        names, embeddings = self._texts(texts, tower, text_tower)
         if pairs and len(embeddings) != len(found):
             raise InputError(
                 f"pairs=True needs one text an image: there are {len(found)} images and {len(embeddings)} texts."
             )
-        tower, _ = self.model.towers(self.precision)
         prompts = 1 if pairs else len(embeddings)
         maps, whole = self._allocate(found, prompts, tower)
         scores = torch.full((len(found), prompts), torch.nan, dtype=tower.tail.proj.dtype, device=tower.device)
@@ -196,7 +196,7 @@ class Explainer:
             geometries=geometries,
             method=self.method,
             model=self.model.name,
-            encode=lambda texts: self._texts(texts)[1],
+            encode=lambda texts: self._texts(texts, *self.model.towers(self.precision))[1],
         )
 
     @torch.inference_mode(False)
@@ -241,16 +241,15 @@ class Explainer:
     def _embedding(self, image: Any) -> Tensor:
         tower, _ = self.model.towers(self.precision)
         if isinstance(image, Tensor) and image.ndim == 1:
-            return self._texts(image[None])[1][0]
+            return self._texts(image[None], *self.model.towers(self.precision))[1][0]
         found = sources(image)
         if len(found) != 1:
             raise InputError(f"words() explains texts with one image at a time, not {len(found)}.")
         (_, x, _), *_ = self._batches(found, tower, {}, "raise", None)
         return tower.encode(x)[0]
 
-    def _texts(self, texts: Texts) -> tuple[list[str] | None, Tensor]:
+    def _texts(self, texts: Texts, image: ImageTower, text: TextTower) -> tuple[list[str] | None, Tensor]:
         """(the strings or None, unit embeddings (P, E)); the last strings' embeddings are kept."""
-        image, text = self.model.towers(self.precision)
         if isinstance(texts, Tensor):
             if texts.ndim != 2 or texts.shape[1] != image.embed_dim or not texts.is_floating_point():
                 raise TextError(
