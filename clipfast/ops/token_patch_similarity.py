@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.errors import InputError
@@ -40,8 +39,14 @@ class Thresholded(Similarity):
 
 def define(x: Similarity) -> Tensor:
     """token_patch_similarity in plain PyTorch: what it means, and what runs where nothing faster can."""
-    tokens, patches = (F.normalize(t.to(x.out.dtype), dim=-1) for t in (x.tokens, x.patches))
-    return torch.bmm(tokens, patches.mT, out=x.out)
+    tokens, patches = x.tokens.to(x.out.dtype), x.patches.to(x.out.dtype)
+    # Divided after the product: the states need not be written once more, normalised.
+    torch.bmm(tokens, patches.mT, out=x.out)
+    return x.out.div_(_lengths(tokens)[:, :, None]).div_(_lengths(patches)[:, None, :])
+
+
+def _lengths(states: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(states, dim=-1).clamp(min=1e-12)
 
 
 class TorchSimilarity(Backend[Similarity]):
