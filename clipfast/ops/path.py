@@ -42,7 +42,13 @@ class Sum:
 def define_points(x: Points) -> Tensor:
     """path_points in plain PyTorch: what it means, and what runs where nothing faster can."""
     start, delta = (t.to(x.alphas.dtype) for t in (x.start, x.delta))
-    return torch.addcmul(start, delta, x.alphas[:, None, None], out=x.out)
+    if x.out.dtype == x.alphas.dtype:
+        return torch.addcmul(start, delta, x.alphas[:, None, None], out=x.out)
+    # Rounded in a pass of its own: on a CPU, addcmul into another dtype takes longer than both.
+    wide = torch.empty_like(start)
+    for point, alpha in zip(x.out, x.alphas, strict=True):
+        point.copy_(torch.addcmul(start, delta, alpha, out=wide))
+    return x.out
 
 
 def define_accumulate(x: Sum) -> Tensor:
