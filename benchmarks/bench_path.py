@@ -15,6 +15,8 @@ from torch import Tensor
 
 from clipfast.ops.path import Points, define_points, path_accumulate, path_points
 
+BATCH, TOKENS, WIDTH, STEPS = 1, 197, 768, 16
+
 
 def _said(case: str, timings: dict[str, Any], scale: float, unit: str) -> str:
     return f"\n{case}: " + ", ".join(f"{n} {t.median * scale:.2f} {unit} ({t.ratio:.2f})" for n, t in timings.items())
@@ -22,29 +24,36 @@ def _said(case: str, timings: dict[str, Any], scale: float, unit: str) -> str:
 
 @pytest.mark.benchmark(group="path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_definitions_against_a_copy(benchmark: Any, dtype: torch.dtype) -> None:
-    batch, tokens, width, steps = 1, 197, 768, 16
-    start, delta = torch.randn(2, batch, tokens, width)
-    alphas, total = torch.rand(steps), torch.zeros(batch, tokens, width)
-    grad = torch.randn(steps * batch, tokens, width).to(dtype)
-    other = torch.empty_like(grad)
+def test_points_against_a_copy(benchmark: Any, dtype: torch.dtype) -> None:
+    start, delta = torch.randn(2, BATCH, TOKENS, WIDTH)
+    alphas = torch.rand(STEPS)
 
     def one_by_one() -> Tensor:
         return torch.cat([(start + alpha * delta).to(dtype) for alpha in alphas])
 
-    def summed() -> Tensor:
-        return total + (alphas[:, None, None, None] * grad.unflatten(0, (steps, batch)).float()).sum(0)
-
-    torch.testing.assert_close(path_points(start, delta, alphas, dtype), one_by_one(), rtol=1e-2, atol=1e-2)
+    points = path_points(start, delta, alphas, dtype)
+    torch.testing.assert_close(points, one_by_one(), rtol=1e-2, atol=1e-2)
     functions: dict[str, Callable[[], object]] = {
-        "copy": lambda: other.copy_(grad),
+        "copy": points.clone,
         "path_points": lambda: path_points(start, delta, alphas, dtype),
         "one by one": one_by_one,
-        "path_accumulate": lambda: path_accumulate(total, grad, alphas),
-        "summed at once": summed,
     }
-    timings = report(benchmark, functions, repeats=15)
-    print(_said(f"{steps} points, {str(dtype).removeprefix('torch.')}", timings, 1e3, "ms"))
+    timings = report(benchmark, functions, repeats=31)
+    print(_said(f"{STEPS} points, {str(dtype).removeprefix('torch.')}", timings, 1e3, "ms"))
+
+
+@pytest.mark.benchmark(group="path")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sum_against_a_copy(benchmark: Any, dtype: torch.dtype) -> None:
+    alphas, total = torch.rand(STEPS), torch.zeros(BATCH, TOKENS, WIDTH)
+    grad = torch.randn(STEPS * BATCH, TOKENS, WIDTH).to(dtype)
+    functions: dict[str, Callable[[], object]] = {
+        "copy": grad.clone,
+        "path_accumulate": lambda: path_accumulate(total, grad, alphas),
+        "at once": lambda: (alphas[:, None, None, None] * grad.unflatten(0, (STEPS, BATCH)).float()).sum(0),
+    }
+    timings = report(benchmark, functions, repeats=31)
+    print(_said(f"the sum of {STEPS} gradients, {str(dtype).removeprefix('torch.')}", timings, 1e3, "ms"))
 
 
 @pytest.mark.benchmark(group="path")
