@@ -38,7 +38,7 @@ def _cosines(
         b_kk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         b_qq = tl.zeros((BLOCK_D,), tl.float32)
         for d in range(0, D, BLOCK_D):
-            j = d + tl.arange(0, BLOCK_D)
+            j = d + tl.arange(0, BLOCK_D).to(tl.int64)
             b_q = tl.load(p_q + j * stride_qd, mask=j < D, other=0.0).to(tl.float32)
             inside = (i[:, None] < N) & (j[None, :] < D)
             b_k = tl.load(p_rows + j[None, :] * stride_kd, mask=inside, other=0.0).to(tl.float32)
@@ -122,11 +122,11 @@ def spatial_attribution_kernel(
     p = first_p + tl.arange(0, BLOCK_P)
     p_directions = p_g + b * stride_gb + p.to(tl.int64)[None, :] * stride_gp
     for tile in range(tiles):
-        i = first_n + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        p_rows = p_v + b * stride_vb + i.to(tl.int64)[:, None] * stride_vn
+        i = first_n + tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        p_rows = p_v + b * stride_vb + i[:, None] * stride_vn
         product = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
         for c in range(0, C, BLOCK_C):
-            j = c + tl.arange(0, BLOCK_C)
+            j = c + tl.arange(0, BLOCK_C).to(tl.int64)
             b_v = tl.load(p_rows + j[None, :] * stride_vc, mask=(i[:, None] < N) & (j[None, :] < C), other=0.0)
             b_g = tl.load(p_directions + j[:, None] * stride_gc, mask=(p[None, :] < P) & (j[:, None] < C), other=0.0)
             if WIDEN:
