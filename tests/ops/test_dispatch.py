@@ -166,3 +166,67 @@ def test_importing_clipfast_starts_no_cuda_and_imports_no_triton() -> None:
         "assert not [m for m in sys.modules if m.startswith('clipfast._native')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Kernel(dispatch.Triton[Double]):
+    devices = frozenset({"cpu"})
+
+    def launch(self, inputs: Double) -> Tensor:
+        return inputs.x * 2
+
+
+def test_triton_passes_over_gradients_and_tensors_on_several_devices() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Two:
+        x: Tensor
+        y: Tensor
+
+    wanted = torch.ones(2, requires_grad=True)
+    assert Kernel().why_not(Double(wanted)) == ["x requires a gradient"]
+    with torch.no_grad():
+        assert Kernel().why_not(Double(wanted)) == []
+        assert Kernel().run(Double(wanted)).tolist() == [2, 2]
+    backend: dispatch.Triton[Two] = dispatch.Triton()
+    assert "the tensors are on several devices" in backend.why_not(Two(torch.ones(2), torch.ones(2, device="meta")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_triton_needs_a_gpu() -> None:
+    backend: dispatch.Triton[Double] = dispatch.Triton()
+    assert "PyTorch finds no CUDA GPU" in backend.missing()
+    assert "x is on cpu, not on cuda" in backend.why_not(Double(torch.ones(2)))
+
+
+def test_what_a_machine_lacks_is_asked_once(double: Op[Double], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(Absent, "why_not", lambda self, inputs: asked.append(inputs) or ["Triton is not installed"])
+    for _ in range(3):
+        double(Double(torch.ones(2)))
+    assert len(asked) == 1
+    for _ in range(2):
+        with backend("triton"), pytest.raises(BackendError):
+            double(Double(torch.ones(2)))
+    assert len(asked) == 3
+
+
+def test_a_registered_function_is_an_operator_to_the_compiler_and_itself_elsewhere() -> None:
+    calls = []
+
+    @dispatch.registered(lambda x, times: torch.empty_like(x))
+    def _times(x: Tensor, times: int) -> Tensor:
+        calls.append(type(x))
+        return x * times
+
+    x = torch.arange(3.0)
+    assert _times(x, 3).tolist() == [0, 3, 6]
+    assert torch.ops.clipfast.times(x, 3).tolist() == [0, 3, 6]
+    torch.library.opcheck(torch.ops.clipfast.times.default, (x, 3))
+    seen = []
+
+    def graph(module: torch.fx.GraphModule, inputs: object) -> object:
+        seen.extend(str(node.target) for node in module.graph.nodes)
+        return module
+
+    assert torch.compile(lambda x: _times(x, 3) + 1, fullgraph=True, backend=graph)(x).tolist() == [1, 4, 7]
+    assert "clipfast.times.default" in seen
+    assert set(calls) == {Tensor}
