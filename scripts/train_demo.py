@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import clipfast
-from clipfast.data.scenes import Scene, Scenes, names, render
+from clipfast.data.scenes import COLOURABLE, Scene, Scenes, names, render
 from clipfast.models.demo import MEAN, STD, WEIGHTS, WORDS, DemoTokenizer, build_demo
 
 NAMES = names()
@@ -67,7 +67,9 @@ def training_scene(index: int) -> Scene:
         return render(seed, objects=0, word=rng.sample(NAMES, rng.randint(2, SLOTS)))
     if kind < 0.35:
         return render(seed, objects=rng.choice((0, 1, 1, 2)), word=True)
-    return render(seed, objects=rng.choices((0, 1, 2, 3, 4), (5, 32, 28, 25, 10))[0])
+    # Things that come in seven colours take more seeing than the others.
+    only = list(COLOURABLE) if kind < 0.5 else None
+    return render(seed, objects=rng.choices((0, 1, 2, 3, 4), (5, 32, 28, 25, 10))[0], only=only)
 
 
 class TrainingScenes(Dataset):

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 
-from clipfast.data.scenes import names, render
+import clipfast
+from clipfast.data.scenes import Scenes, names, render
 from clipfast.errors import TextError
 from clipfast.models.demo import WEIGHTS, WORDS, DemoTokenizer, build_demo, load_demo
 
@@ -73,3 +75,64 @@ def test_packaged_weights_load():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert WEIGHTS.stat().st_size < 10e6
+
+
+@pytest.fixture(scope="module")
+def demo() -> clipfast.Model:
+    return clipfast.load("demo")
+
+
+def heats(demo, scenes, prompts):
+    """Maps on the scenes' pixels: (B, P, H, W)."""
+    return clipfast.explain([scene.image for scene in scenes], prompts, model=demo).resize()
+
+
+def test_it_tells_sixty_four_things_apart(demo):
+    scenes = list(Scenes(100, seed=7, objects=1))
+    scores = clipfast.explain(
+        [s.image for s in scenes], [f"a photo of a {name}" for name in names()], model=demo
+    ).scores
+    right = [names()[row.argmax()] == scene.names[0] for row, scene in zip(scores, scenes, strict=True)]
+    assert np.mean(right) >= 0.90
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_maps_peak_on_the_thing_that_was_asked_for(demo, count):
+    scenes = list(Scenes(40, seed=8, objects=count))
+    hits = []
+    for scene, maps in zip(scenes, heats(demo, scenes, [f"a photo of a {name}" for name in names()]), strict=True):
+        for name in scene.names:
+            heat = maps[names().index(name)]
+            hits.append(bool(scene.mask(name).ravel()[int(heat.argmax())]) and bool(heat.max() > 0))
+    assert np.mean(hits) >= 0.70
+
+
+def test_a_sentence_lights_everything_it_names(demo):
+    scenes = [s for s in Scenes(150, seed=9, objects=2, only=["dog", "car"], distractors=0) if len(s.names) == 2][:30]
+    lit = []
+    for scene in scenes:
+        colour = next(thing.colour for thing in scene.objects if thing.name == "car")
+        (maps,) = heats(demo, [scene], [f"a dog and a {colour} car"])
+        heat = maps[0].numpy()
+        background = heat[~(scene.mask("dog") | scene.mask("car"))].mean()
+        lit.append(all(heat[scene.mask(name)].mean() > 2 * background for name in ("dog", "car")))
+    assert np.mean(lit) >= 0.8
+
+
+def test_a_written_word_raises_the_score_of_what_it_names(demo):
+    seeds = range(200, 240)
+    plain = [render(seed, objects=1, only=["dog"]) for seed in seeds]
+    typed = [render(seed, objects=1, only=["dog"], word="cat") for seed in seeds]
+    before, after = (clipfast.explain([s.image for s in scenes], "cat", model=demo).scores for scenes in (plain, typed))
+    assert (after > before).float().mean() >= 0.9
+    assert (after - before).mean() > 0.05
+
+
+def test_captions_beat_their_foils(demo):
+    scenes = list(Scenes(100, seed=10))
+    images = [scene.image for scene in scenes]
+    true, false = (
+        clipfast.explain(images, [getattr(scene, kind) for scene in scenes], model=demo, pairs=True).scores
+        for kind in ("caption", "foil")
+    )
+    assert (true > false).float().mean() >= 0.8
