@@ -14,5 +14,6 @@ def minmax(x: Tensor, *, constant: float, where: Tensor | None = None) -> Tensor
     low = (x if where is None else x.masked_fill(~where, torch.inf)).amin(-1, keepdim=True)
     high = (x if where is None else x.masked_fill(~where, -torch.inf)).amax(-1, keepdim=True)
     span = high - low
-    varies = span > 0
-    return torch.where(varies, (x - low) / torch.where(varies, span, 1), constant)
+    # Asked this way round, NaN stays NaN instead of passing for a constant.
+    flat = span <= 0
+    return torch.where(flat, constant, (x - low) / torch.where(flat, 1, span))
