@@ -270,6 +270,24 @@ def test_odd_tensors(model):
     assert not clipfast.explain(asked, torch.randn(2, 24, requires_grad=True), model=model).maps.requires_grad
 
 
+def test_a_batch_is_not_copied_and_rows_in_any_order_are_right(model):
+    x = torch.randn(6, 3, 64, 64)
+    expected = clipfast.explain(x, TEXTS, model=model).maps
+    assert api._together(list(x[1:4])).data_ptr() == x[1].data_ptr()
+    for order in ([5, 3, 1], [0, 2, 4], [2, 2, 2], [1, 2, 4], [4]):
+        rows = [x[i] for i in order]
+        assert torch.equal(api._together(rows), x[order])
+        torch.testing.assert_close(clipfast.explain(rows, TEXTS, model=model).maps, expected[order])
+
+
+def test_embeddings_of_any_length_mean_the_same(model):
+    x, unit = torch.randn(1, 3, 64, 64), F.normalize(torch.randn(5, 24), dim=-1)
+    expected = clipfast.explain(x, unit, model=model)
+    long = clipfast.explain(x, unit * torch.tensor([1, 1, 1, 1, 30.0])[:, None], model=model)
+    torch.testing.assert_close(long.maps, expected.maps)
+    torch.testing.assert_close(long.scores, expected.scores)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
