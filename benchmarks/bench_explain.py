@@ -188,7 +188,7 @@ def test_peers(benchmark: Any, name: str, peer: str, results: dict[str, Any], py
     versions = {key: found[key] for key in ("version", "open_clip")}
     rows = [row(found["method"], p, seconds[str(p)], seconds["encode"], **versions) for p in peers.PROMPTS]
     benchmark.extra_info["rows"] = rows
-    results[name].setdefault("peers", []).extend(rows)
+    results[name].setdefault("peers", {})[peer] = rows
 
 
 @pytest.mark.benchmark(group="bfloat16")

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peers
+
 RESULTS = Path(__file__).parent / "results" / "explain.json"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
@@ -43,7 +45,9 @@ def write(results: dict[str, Any]) -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
     for model, parts in results["models"].items():
         if parts:
-            known["models"][model] = known["models"].get(model, {}) | parts
+            before = known["models"].get(model, {})
+            parts["peers"] = before.get("peers", {}) | parts.get("peers", {})
+            known["models"][model] = before | parts
     known["machine"] = results["machine"]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(known, indent=2) + "\n")
@@ -55,16 +59,18 @@ def page(results: dict[str, Any]) -> str:
     machine = results["machine"]
     lines = [
         HEAD,
-        f"Measured on {machine['cores']} cores of one {machine['cpu']}, {machine['threads']} threads, no GPU, Python "
-        f"{machine['python']}, torch {machine['torch']}, clipfast at {machine['commit']}.\n",
+        f"Measured on a machine with {machine['cores']} cores ({machine['cpu']}) and no GPU, on {machine['threads']} "
+        f"thread{'s' if machine['threads'] > 1 else ''}, with Python {machine['python']}, torch {machine['torch']} and "
+        f"clipfast at {machine['commit']}. Where other work shared the machine, the brackets show it.\n",
     ]
-    for model, parts in results["models"].items():
+    for model, parts in sorted(results["models"].items()):
         lines += [f"## {model}\n", *_speed(parts), *_bfloat16(parts), *_memory(parts)]
     return "\n".join([*lines, "## How to read the tables", NOTES])
 
 
 def _speed(parts: dict[str, Any]) -> list[str]:
-    rows = parts.get("clipfast", []) + parts.get("autograd", []) + parts.get("peers", [])
+    rows = parts.get("clipfast", []) + parts.get("autograd", [])
+    rows += [r for name in peers.PEERS for r in parts.get("peers", {}).get(name, [])]
     if not rows:
         return []
     lines = [] if "encode_seconds" not in parts else [f"One encode took {parts['encode_seconds'] * 1e3:.0f} ms.\n"]
