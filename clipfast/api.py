@@ -268,9 +268,11 @@ class Explainer:
         names = [texts] if isinstance(texts, str) else list(texts)
         if not names:
             raise TextError("there is no text: pass at least one.")
-        if self._cached is None or self._cached[0] is not text or self._cached[1] != tuple(names):
-            self._cached = (text, tuple(names), self.model.encode_texts(names, self.precision))
-        return names, self._cached[2]
+        # Read once: another thread may put its own texts there meanwhile.
+        cached = self._cached
+        if cached is None or cached[0] is not text or cached[1] != tuple(names):
+            self._cached = cached = (text, tuple(names), self.model.encode_texts(names, self.precision))
+        return names, cached[2]
 
     def _batches(
         self,
