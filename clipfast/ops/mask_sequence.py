@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clipfast import native
 from clipfast.errors import InputError, nearest
-from clipfast.ops.dispatch import Backend, Op
+from clipfast.ops.dispatch import Backend, Op, registered
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,26 @@ class NativeCuda(Native):
 _op = Op("mask_sequence", Native(), NativeCuda(), Torch())
 
 
+@registered(lambda *arguments: None, mutates=["out"])
+def _mask_sequence(
+    images: Tensor,
+    ranks: Tensor,
+    fill: Tensor | None,
+    seed: int,
+    first: int,
+    counts: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    deletion: bool,
+    start: int,
+    stop: int,
+    out: Tensor,
+) -> None:
+    """Inputs, one by one: no fill is noise, whose seed counts modulo 2^64, since operators take signed numbers."""
+    filled = Noise(seed % 2**64, first) if fill is None else fill
+    _op(Inputs(images, ranks, filled, counts, mean, std, deletion, start, stop, out))
+
+
 def mask_sequence(
     images: Tensor,
     order: Tensor,
@@ -250,25 +270,26 @@ def mask_sequence(
     per_image = order.shape[1] * len(counts)
     touched = slice(start // per_image, -(-stop // per_image))
     passed = touched.start
-    fill = _fill(fill, images, precision(out))
+    filled = _fill(fill, images, precision(out))
+    noise = filled if isinstance(filled, Noise) else Noise(0)
     order = order[touched]
-    _op(
-        Inputs(
-            images=images[touched],
-            ranks=rank_map(order)
-            if order.is_floating_point()
-            else order
-            if is_map
-            else _inverse(order).view(-1, order.shape[1], height, width),
-            fill=Noise(fill.seed, fill.first + passed) if isinstance(fill, Noise) else fill[touched],
-            counts=torch.tensor(counts, dtype=torch.int32, device=images.device),
-            mean=_per_channel("mean", mean, 0.0, out),
-            std=_per_channel("std", std, 1.0, out),
-            deletion=mode == "deletion",
-            start=start - passed * per_image,
-            stop=stop - passed * per_image,
-            out=out,
-        )
+    if order.is_floating_point():
+        ranks = rank_map(order)
+    else:
+        ranks = order if is_map else _inverse(order).view(-1, order.shape[1], height, width)
+    _mask_sequence(
+        images[touched],
+        ranks,
+        None if isinstance(filled, Noise) else filled[touched],
+        noise.seed if noise.seed < 2**63 else noise.seed - 2**64,
+        noise.first + passed,
+        torch.tensor(counts, dtype=torch.int32, device=images.device),
+        _per_channel("mean", mean, 0.0, out),
+        _per_channel("std", std, 1.0, out),
+        mode == "deletion",
+        start - passed * per_image,
+        stop - passed * per_image,
+        out,
     )
     return out
 

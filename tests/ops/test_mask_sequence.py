@@ -304,3 +304,21 @@ def test_a_wrong_argument_gets_one_clear_sentence(change: dict[str, Any], messag
         mask_sequence(**arguments)
     assert str(error.value).endswith((".", "?"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fill", [torch.rand(2, 3, 6, 5), None], ids=["image", "noise"])
+def test_the_operator_is_one_that_torch_library_accepts_and_compiles(fill: torch.Tensor | None) -> None:
+    ranks = rank_map(torch.rand(2, 4, 6, 5))
+    counts, mean, std = torch.tensor([0, 7, 30], dtype=torch.int32), torch.rand(3), torch.rand(3) + 0.5
+    rest = (ranks, fill, -5, 2, counts, mean, std, True, 3, 20)
+    images = torch.rand(2, 3, 6, 5)
+    operator = torch.ops.clipfast.mask_sequence.default
+    torch.library.opcheck(operator, (images, *rest, torch.zeros(17, 3, 6, 5)))
+
+    def doubled(images: torch.Tensor) -> torch.Tensor:
+        out = images.new_empty(17, 3, 6, 5)
+        operator(images * 2, *rest, out)
+        return out + 1
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images), doubled(images))
