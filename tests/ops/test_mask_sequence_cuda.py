@@ -6,6 +6,8 @@ With a GPU and a built `_native_cuda`, the same cases run there.
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -127,3 +129,32 @@ def test_the_kernel_run_on_the_cpu_equals_the_definition(
 @pytest.mark.parametrize("offset", [16, 17])
 def test_the_kernel_on_a_gpu_equals_the_definition(case: str, dtype: torch.dtype, offset: int) -> None:
     check(case, dtype, lambda tensor: tensor.cuda(), offset)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_nvcc_keeps_it_in_registers(arch: int, tmp_path: Path) -> None:
+    """What ptxas says of each kernel, held to the recorded figures; CLIPFAST_RECORD=1 records them anew."""
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"]
+    command += ["-o", str(tmp_path / "kernel.cubin"), str(ROOT / "csrc/cuda/mask_sequence.cu")]
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    kernels = re.findall(
+        r"entry function '\w*?(write_items\w+?)Ev.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+        log,
+        flags=re.DOTALL,
+    )
+    assert len(kernels) == 8
+    figures = {f"{name}, sm_{arch}": {"registers": int(r), "spilled": int(s)} for name, s, r in kernels}
+    # 64 registers a thread let a multiprocessor hold 1,024 threads; only the float64 form may take more.
+    assert all(f["spilled"] == 0 and f["registers"] <= (72 if "Idd" in name else 64) for name, f in figures.items())
+    version = re.search(
+        r"release ([\d.]+)", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    )
+    assert version is not None
+    table = ROOT / "benchmarks/results/kernels/mask_sequence.json"
+    known = json.loads(table.read_text()) if table.exists() else {"nvcc": version[1], "kernels": {}}
+    if os.environ.get("CLIPFAST_RECORD"):
+        known["kernels"].update(figures)
+        table.write_text(json.dumps(known | {"nvcc": version[1]}, indent=2, sort_keys=True) + "\n")
+    elif known["nvcc"] == version[1]:
+        assert {name: known["kernels"][name] for name in figures} == figures
