@@ -145,7 +145,7 @@ def test_nvcc_keeps_it_in_registers(arch: int, tmp_path: Path) -> None:
     )
     assert len(kernels) == 8
     figures = {f"{name}, sm_{arch}": {"registers": int(r), "spilled": int(s)} for name, s, r in kernels}
-    # 64 registers a thread let a multiprocessor hold 1,024 threads, which is worth a spilled word; float64 may take more.
+    # 64 registers a thread let a multiprocessor hold 1,024 threads, worth a spilled word; float64 may take more.
     limits = {name: 72 if "Idd" in name else 64 for name in figures}
     assert all(f["registers"] <= limits[name] and f["spilled"] <= 8 for name, f in figures.items())
     version = re.search(
