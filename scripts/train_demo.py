@@ -59,28 +59,28 @@ class Batch:
     texts: Tensor
 
 
-def training_scene(index: int) -> Scene:
+def training_scene(index: int, pages: float, words: float, coloured: float) -> Scene:
+    """Scene `index` of the training; shares of pages of words, scenes with one word, and things of seven colours."""
     rng = random.Random(index)
     seed = TRAINING_SEEDS + index
     kind = rng.random()
-    if kind < 0.2:
+    if kind < pages:
         return render(seed, objects=0, word=rng.sample(NAMES, rng.randint(2, SLOTS)))
-    if kind < 0.35:
+    if kind < pages + words:
         return render(seed, objects=rng.choice((0, 1, 1, 2)), word=True)
-    # Things that come in seven colours take more seeing than the others.
-    only = list(COLOURABLE) if kind < 0.5 else None
+    only = list(COLOURABLE) if kind < pages + words + coloured else None
     return render(seed, objects=rng.choices((0, 1, 2, 3, 4), (5, 32, 28, 25, 10))[0], only=only)
 
 
 class TrainingScenes(Dataset):
-    def __init__(self, first: int, last: int):
-        self.first, self.last = first, last
+    def __init__(self, first: int, last: int, shares: tuple[float, float, float]):
+        self.first, self.last, self.shares = first, last, shares
 
     def __len__(self) -> int:
         return self.last - self.first
 
     def __getitem__(self, index: int) -> Scene:
-        return training_scene(self.first + index)
+        return training_scene(self.first + index, *self.shares)
 
 
 def collate(scenes: list[Scene]) -> Batch:
@@ -507,6 +507,9 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.02)
     parser.add_argument("--keep", type=int, default=80, help="patches kept of 144 until the last phase")
     parser.add_argument("--full-tokens", type=float, default=0.25, help="share of training at the end with every patch")
+    parser.add_argument("--pages", type=float, default=0.0, help="share of scenes that are pages of words")
+    parser.add_argument("--words", type=float, default=0.14, help="share of scenes with one written word")
+    parser.add_argument("--coloured", type=float, default=0.15, help="share of scenes of things in seven colours")
     parser.add_argument("--caption-weight", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -524,7 +527,9 @@ def main() -> None:
         print(f"going on from step {training.step}", flush=True)
 
     if not args.export_only:
-        remaining = TrainingScenes(training.step * args.batch, training.steps * args.batch)
+        remaining = TrainingScenes(
+            training.step * args.batch, training.steps * args.batch, (args.pages, args.words, args.coloured)
+        )
         loader = DataLoader(remaining, args.batch, num_workers=1, collate_fn=collate, prefetch_factor=6, drop_last=True)
         begun, first, means = time.monotonic(), training.step, {}
         for batch in loader:

@@ -93,7 +93,7 @@ def test_it_tells_sixty_four_things_apart(demo):
         [s.image for s in scenes], [f"a photo of a {name}" for name in names()], model=demo
     ).scores
     right = [names()[row.argmax()] == scene.names[0] for row, scene in zip(scores, scenes, strict=True)]
-    assert np.mean(right) >= 0.90
+    assert np.mean(right) >= 0.93
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -104,7 +104,7 @@ def test_maps_peak_on_the_thing_that_was_asked_for(demo, count):
         for name in scene.names:
             heat = maps[names().index(name)]
             hits.append(bool(scene.mask(name).ravel()[int(heat.argmax())]) and bool(heat.max() > 0))
-    assert np.mean(hits) >= 0.70
+    assert np.mean(hits) >= 0.80
 
 
 def test_a_sentence_lights_everything_it_names(demo):
@@ -119,7 +119,8 @@ def test_a_sentence_lights_everything_it_names(demo):
     assert np.mean(lit) >= 0.8
 
 
-def test_a_written_word_raises_the_score_of_what_it_names(demo):
+def test_a_written_word_raises_scores(demo):
+    """The demo sees that something is written, not what: a word raises every name's score, its own among them."""
     seeds = range(200, 240)
     plain = [render(seed, objects=1, only=["dog"]) for seed in seeds]
     typed = [render(seed, objects=1, only=["dog"], word="cat") for seed in seeds]
