@@ -35,8 +35,8 @@ NOTES = """
   process and environment of its own (`python benchmarks/peers.py install`), beside the encode of the open_clip version
   it runs on. pytorch-grad-cam raises on a model frozen entirely; *trunk frozen by hand* leaves only the last block's
   parameters trainable. captum explains layers shaped as images, so the benchmark shows it the patch tokens as one.
-  LeGrad 1.1 needs an open_clip before 2.24. torchcam's LeGrad raises a TypeError on open_clip's blocks and is not in
-  the table.
+  LeGrad 1.1 needs an open_clip before 2.24. torchcam 0.5's LeGrad is not in the table: it wants blocks with a child
+  named `self_attention`, which open_clip's have not.
 """
 
 
@@ -61,7 +61,7 @@ def page(results: dict[str, Any]) -> str:
         HEAD,
         f"Measured on a machine with {machine['cores']} cores ({machine['cpu']}) and no GPU, on {machine['threads']} "
         f"thread{'s' if machine['threads'] > 1 else ''}, with Python {machine['python']}, torch {machine['torch']} and "
-        f"clipfast at {machine['commit']}. Where other work shared the machine, the brackets show it.\n",
+        f"clipfast at {machine['commit']} or little before. Where other work shared the machine, the brackets show it.\n",
     ]
     for model, parts in sorted(results["models"].items()):
         lines += [f"## {model}\n", *_speed(parts), *_bfloat16(parts), *_memory(parts)]
