@@ -19,10 +19,10 @@ PROMPTS = {
     6: ["monkey", "elephant", "mushroom", "a monkey and a mushroom"],
 }
 SENTENCES = {
-    15: "a photo of a tree and a pink car",
+    15: "a tree next to a boat",
     26: "a photo of a lion and a pizza",
     6: "an elephant next to a small boat",
-    33: "a blue car and a carrot",
+    33: "a red car and a dog",
 }
 
 
