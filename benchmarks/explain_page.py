@@ -61,7 +61,7 @@ def page(results: dict[str, Any]) -> str:
         HEAD,
         f"Measured on a machine with {machine['cores']} cores ({machine['cpu']}) and no GPU, on {machine['threads']} "
         f"thread{'s' if machine['threads'] > 1 else ''}, with Python {machine['python']}, torch {machine['torch']} and "
-        f"clipfast at {machine['commit']} or little before. Where other work shared the machine, the brackets show it.\n",
+        f"clipfast at {machine['commit']} or little before. Other work shared it: see the brackets.\n",
     ]
     for model, parts in sorted(results["models"].items()):
         lines += [f"## {model}\n", *_speed(parts), *_bfloat16(parts), *_memory(parts)]
@@ -76,7 +76,8 @@ def _speed(parts: dict[str, Any]) -> list[str]:
     lines = [] if "encode_seconds" not in parts else [f"One encode took {parts['encode_seconds'] * 1e3:.0f} ms.\n"]
     lines += ["| | prompts | time / encode | target | error |", "|---|--:|--:|--:|--:|"]
     lines += [f"| {_name(r)} | {_count(r['prompts'])} | {_ratio(r)} | {_limit(r)} | {_error(r)} |" for r in rows]
-    return [*lines, ""]
+    missing = [peers.PEERS[name][2] for name in peers.PEERS if name not in parts.get("peers", {})]
+    return [*lines, *([f"\nNot measured on this model: {'; '.join(missing)}."] if missing else []), ""]
 
 
 def _bfloat16(parts: dict[str, Any]) -> list[str]:
