@@ -30,8 +30,8 @@ def test_common_case_needs_no_option_but_a_text(run: Any) -> None:
     assert "a red car" in page
     assert '"words":[{"word":"a"' in page
     expected = clipfast.explain("scene.png", ["a dog", "a red car"])
-    stored = np.load("runs/explain/scene.npz")
-    np.testing.assert_allclose(stored["maps"], expected.maps[0].numpy())
+    with np.load("runs/explain/scene.npz") as stored:
+        np.testing.assert_allclose(stored["maps"], expected.maps[0].numpy())
     for text, score in zip(["a dog", "a red car"], expected.scores[0].tolist(), strict=True):
         assert any(text in line and f"{score:.3f}" in line for line in result.stdout.splitlines())
 
@@ -174,7 +174,8 @@ def test_pictures_of_the_best_texts_and_maps_of_all(run: Any) -> None:
     best = sorted(prompts, key=lambda prompt: -prompt["score"])[:2]
     drawn = {path.name for path in Path("runs/explain").glob("*.png")}
     assert drawn == {f"scene--{prompt['text'].replace(' ', '-')}.png" for prompt in best}
-    assert np.load("runs/explain/scene.npz")["maps"].shape == (5, 12, 12)
+    with np.load("runs/explain/scene.npz") as stored:
+        assert stored["maps"].shape == (5, 12, 12)
 
 
 def test_words_are_signed_and_can_be_left_out(run: Any) -> None:
