@@ -18,8 +18,8 @@ from torch import Tensor
 from clipfast.data.geometry import Geometry, normalize
 from clipfast.data.inputs import Prepared, prepare_all, sources
 from clipfast.errors import ImageError, InputError, ModelError, TextError
-from clipfast.methods import build_method
-from clipfast.methods.grad_eclip import Relu
+from clipfast.methods import METHODS, build_method
+from clipfast.methods.base import Relu
 from clipfast.models.load import load
 from clipfast.models.model import Model, Precision
 from clipfast.models.tower import ImageTower, TextTower
@@ -107,6 +107,7 @@ class Explainer:
         Raises ImageError, TextError, InputError for anything that cannot be used, ModelError for NaN in the weights.
         """
         started = time.perf_counter()
+        self._explains("image")
         found = sources(images)
         tower, text_tower = self.model.towers(self.precision)
         names, embeddings = self._texts(texts, tower, text_tower)
@@ -119,12 +120,13 @@ class Explainer:
         scores = torch.full((len(found), prompts), torch.nan, dtype=tower.tail.proj.dtype, device=tower.device)
         geometries: list[Geometry | None] = [None] * len(found)
         errors: dict[int, ImageError] = {}
+        extras: dict[str, Tensor] = {}
         for indices, x, batch in self._batches(found, tower, errors, on_error, progress):
             explained = self._run.image(tower, x)
             wanted = embeddings[indices][:, None] if pairs else embeddings
             scores[indices] = (explained.z[:, None] @ wanted.mT)[:, 0]
             first, last = indices[0], indices[-1] + 1
-            grid = tower.grid_of(x)
+            grid = self._run.grid(tower, (x.shape[2], x.shape[3]))
             if whole is not None and last - first == len(indices):
                 explained.maps(wanted, out=whole[first:last].flatten(-2))
             else:
@@ -133,6 +135,8 @@ class Explainer:
                         maps[i] = m
                     else:
                         whole[i] = m
+            for name, values in explained.extras().items():
+                extras.setdefault(name, torch.full_like(scores, torch.nan))[indices] = values.to(scores.dtype)
             for i, item in zip(indices, batch, strict=True):
                 geometries[i] = item.geometry
         for i in errors:
@@ -150,6 +154,7 @@ class Explainer:
             seconds=time.perf_counter() - started,
             pairs=pairs,
             errors=errors,
+            extras=extras,
         )
 
     @torch.inference_mode(False)
@@ -158,8 +163,12 @@ class Explainer:
         """Attribution features of images: `features(images).maps(texts)` equals `self(images, texts)`, whenever asked.
 
         All images must come to the same patch grid (any resize but "keep", or equal sizes).
-        Raises InputError where they do not, and as calling does.
+        Raises InputError where they do not, for a method that has none, and as calling does.
         """
+        if not self._run.has_features:
+            having = ", ".join(name for name, method in METHODS.items() if method.info.prompt_free)
+            raise InputError(f"{self.method} has no attribution features as it is set; those that can have: {having}.")
+        self._explains("image")
         found = sources(images)
         tower, _ = self.model.towers(self.precision)
         geometries: list[Geometry | None] = [None] * len(found)
@@ -207,12 +216,18 @@ class Explainer:
         image: one image, as for calling, or its unit embedding (E,).
         Raises as calling does; TextError for a text without words.
         """
+        self._explains("text")
         texts = [text] if isinstance(text, str) else list(text)
         embedding = self._embedding(image)
         found: list[Words] = []
         for start in range(0, len(texts), _TEXTS):
             found += self._words(embedding, texts[start : start + _TEXTS])
         return found[0] if isinstance(text, str) else found
+
+    def _explains(self, side: str) -> None:
+        if side not in self._run.sides():
+            having = ", ".join(name for name, method in METHODS.items() if side in method.sides())
+            raise InputError(f"{self.method} does not explain {side}s; these methods do: {having}.")
 
     def _words(self, embedding: Tensor, texts: list[str]) -> list[Words]:
         _, tower = self.model.towers(self.precision)
@@ -226,6 +241,7 @@ class Explainer:
         explained = self._run.text(tower, ids, inside)
         self._check_finite(explained.z, {})
         maps, scores = explained.maps(embedding[None])[:, 0], explained.z @ embedding
+        extras = {name: values[:, 0].tolist() for name, values in explained.extras().items()}
         return [
             Words(
                 text=text,
@@ -234,8 +250,9 @@ class Explainer:
                 tokens=[self.model.spell([int(row[p])]) for _, positions in words for p in positions],
                 token_values=values[[p for _, positions in words for p in positions]],
                 score=float(score),
+                extras={name: found[i] for name, found in extras.items()},
             )
-            for text, words, row, values, score in zip(texts, spans, ids, maps, scores, strict=True)
+            for i, (text, words, row, values, score) in enumerate(zip(texts, spans, ids, maps, scores, strict=True))
         ]
 
     def _embedding(self, image: Any) -> Tensor:
@@ -319,17 +336,18 @@ class Explainer:
     def _micro_batch(self, tower: ImageTower, item: Prepared) -> int:
         height, width = item.geometry.covered
         tokens = tower.prefix.shape[0] + height // tower.patch_size[0] * (width // tower.patch_size[1])
-        return max(1, (_GPU_TOKENS if tower.device.type == "cuda" else _CPU_TOKENS) // tokens)
+        room = _CPU_TOKENS if tower.device.type != "cuda" else _GPU_TOKENS // (8 if self._run.keeps_activations else 1)
+        return max(1, room // tokens)
 
     def _allocate(self, found: list[Any], prompts: int, tower: ImageTower) -> tuple[list[Any], Tensor | None]:
         """Room for the maps: one tensor where every image's patch grid is known to be the same, else a list to fill."""
-        shapes = {
-            tuple(s.shape[-2:]) if isinstance(s, Tensor) and s.is_floating_point() else self.spec.size for s in found
+        shapes: set[tuple[int, int]] = {
+            (s.shape[-2], s.shape[-1]) if isinstance(s, Tensor) and s.is_floating_point() else self.spec.size
+            for s in found
         }
         known = self.spec.resize != "keep" or all(isinstance(s, Tensor) and s.is_floating_point() for s in found)
         dtype = tower.tail.proj.dtype
-        height, width = max(shapes, key=lambda s: s[0] * s[1])
-        grid = (height // tower.patch_size[0], width // tower.patch_size[1])
+        grid = self._run.grid(tower, max(shapes, key=lambda s: s[0] * s[1]))
         needed = len(found) * prompts * grid[0] * grid[1] * dtype.itemsize
         if needed > _memory(tower.device):
             raise InputError(

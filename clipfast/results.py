@@ -18,7 +18,7 @@ from torch import Tensor
 from clipfast.data.geometry import Geometry
 from clipfast.data.images import read_image
 from clipfast.errors import ImageError, InputError, TextError
-from clipfast.methods.grad_eclip import Relu, combine
+from clipfast.methods.base import Relu, combine
 from clipfast.ops.minmax import minmax
 
 Source = str | Path | Image.Image | None
@@ -31,7 +31,7 @@ class Words:
     """A text's map: what each word does for the score with one image.
 
     words: the W words; values (W,): the sum over each word's BPE pieces, raw. tokens and token_values: the pieces
-    themselves. score: cosine similarity, equal to the model's own.
+    themselves. score: cosine similarity, equal to the model's own. extras: see `Attribution`.
     """
 
     text: str
@@ -40,6 +40,7 @@ class Words:
     tokens: list[str]
     token_values: Tensor
     score: float
+    extras: dict[str, float] = field(default_factory=dict)
 
     def pairs(self) -> list[tuple[str, float]]:
         """(word, value) in the order of the text."""
@@ -53,9 +54,12 @@ class Words:
 class Attribution:
     """The maps of B images and P prompts.
 
-    maps: (B, P, h, w) on the patch grid, raw, on the model's device; a list of B tensors (P, h_i, w_i) where images
-        kept aspects of their own. scores (B, P): cosine similarities, equal to the model's own.
+    maps: (B, P, h, w) on the method's grid (the model's patches, or the input's pixels), raw, on the model's device; a
+        list of B tensors (P, h_i, w_i) where images kept aspects of their own.
+    scores (B, P): cosine similarities, equal to the model's own.
     texts: the prompts, or None for embeddings; for matched pairs text i belongs to image i, and P is 1.
+    extras: what the method says beside its maps, by name, (B, P) each: `delta`, how far a path's integral is from the
+        difference of the scores at its ends.
     errors: images that could not be read, by index; their maps and scores are NaN.
     seconds: time from images to maps, decoding included.
     """
@@ -71,6 +75,7 @@ class Attribution:
     pairs: bool = False
     errors: dict[int, ImageError] = field(default_factory=dict)
     words: dict[int, list[Words]] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -149,7 +149,7 @@ def _explain_words(
 
     good = [i for i in range(len(result)) if i not in result.errors]
     count = len(good) * len(prompts)
-    if wanted is False or (wanted is None and (count > _WORD_MAPS or "text" not in METHODS[result.method].sides)):
+    if wanted is False or (wanted is None and (count > _WORD_MAPS or "text" not in METHODS[result.method].sides())):
         return
     try:
         explainer = build_for_words(explainer, parameters)

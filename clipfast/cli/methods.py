@@ -17,7 +17,7 @@ from clipfast.cli.options import Json
 from clipfast.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from clipfast.methods import MethodInfo
+    from clipfast.methods.base import Method
 
 
 def methods(
@@ -33,41 +33,56 @@ def methods(
 
     if name is not None and name not in METHODS:
         raise InputError(f"there is no method {name!r}: {nearest(name, METHODS)}")
-    found = {key: info for key, info in METHODS.items() if name in (None, key)}
+    found = {key: method for key, method in METHODS.items() if name in (None, key)}
     if as_json:
-        print_json([_record(key, info) for key, info in found.items()])
+        print_json([_record(key, method) for key, method in found.items()])
         return
     console = stdout()
-    for key, info in found.items():
+    for key, method in found.items():
+        info = method.info
         about = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         about.add_column(style="dim", no_wrap=True)
         about.add_column()
         about.add_row("from", Text(info.source))
-        about.add_row("explains", Text(" and ".join(f"{side}s" for side in info.sides)))
-        about.add_row("costs", Text(info.cost + (", whatever the number of texts" if info.prompt_free else " a text")))
+        about.add_row("explains", Text(" and ".join(f"{side}s" for side in method.sides())))
+        about.add_row("costs", Text(_cost(method)))
         about.add_row("agrees with", Text(info.agrees))
-        for parameter in parameters_of(info):
+        if info.our_reading:
+            about.add_row("our reading", Text(info.our_reading))
+        for parameter in parameters_of(method):
             choices = f"  ({' | '.join(parameter['choices'])})" if parameter["choices"] else ""
             about.add_row("--set", Text(f"{parameter['name']}={_spelled(parameter['default'])}{choices}"))
         console.print(Text(key, style="bold"))
         console.print(about)
         if name is not None:
             console.print()
-            console.print(Text(inspect.getdoc(info.build) or ""))
+            console.print(Text(inspect.getdoc(method) or ""))
 
 
-def parameters_of(info: MethodInfo) -> list[dict[str, Any]]:
+def parameters_of(method: type[Method]) -> list[dict[str, Any]]:
     """A method's parameters: name, default, and the choices where its type lists them."""
-    hints = typing.get_type_hints(info.build)
+    hints = typing.get_type_hints(method)
     return [
-        {"name": field.name, "default": field.default, "choices": _choices(hints[field.name])}
-        for field in dataclasses.fields(info.build)
+        {"name": name, "default": default, "choices": _choices(hints[name])}
+        for name, default in method.parameters().items()
     ]
 
 
-def _record(name: str, info: MethodInfo) -> dict[str, Any]:
-    about = {field.name: getattr(info, field.name) for field in dataclasses.fields(info) if field.name != "build"}
-    return {"name": name, **about, "parameters": parameters_of(info)}
+def _cost(method: type[Method]) -> str:
+    """Passes of the whole tower, in words."""
+    info = method.info
+    forwards = f"{info.forwards} forward{'' if info.forwards == '1' else 's'}"
+    backwards = f"{info.backwards} backward{'' if info.backwards == '1' else 's'}"
+    return f"{forwards}, {backwards} an image" + (", whatever the number of texts" if info.prompt_free else "")
+
+
+def _record(name: str, method: type[Method]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "sides": method.sides(),
+        **dataclasses.asdict(method.info),
+        "parameters": parameters_of(method),
+    }
 
 
 def _choices(hint: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,7 +131,7 @@ def _defaults(method: str) -> dict[str, Any]:
 
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}: {nearest(method, METHODS)}")
-    return {field.name: field.default for field in dataclasses.fields(METHODS[method].build)}
+    return METHODS[method].parameters()
 
 
 def _value(text: str) -> Any:

@@ -15,24 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.errors import InputError
+from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
 from clipfast.models.gradients import Gradients, site_gradients
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Site, TextTower, Tower
-from clipfast.ops.spatial_attribution import gradient_weighted, spatial_weight
+from clipfast.ops.spatial_attribution import spatial_weight
 
 Form = Literal["auto", "reverse", "features"]
-Relu = Literal["each", "sum", "none"]
 
 
 @dataclass(frozen=True)
-class Explained:
+class SiteExplained(Explained):
     """A batch of B inputs on which Grad-ECLIP has been prepared: any prompt's map is one or two matrix products away.
 
     z (B, E): unit embeddings. weights: lambda, (B, n) for each explained layer. values: v, (B, n, D) for each.
@@ -107,29 +107,8 @@ class Explained:
         return rows * self._tail_cost() + prompts * n * embed < prompts * (self._tail_cost() + n * width)
 
 
-def combine(
-    weights: Sequence[Tensor],
-    values: Sequence[Tensor],
-    directions: Tensor | Sequence[Tensor],
-    relu: Relu,
-    out: Tensor,
-) -> Tensor:
-    """Maps out of each layer's products: ReLU in each layer and then the sum, the sum and then ReLU, or no ReLU.
-
-    weights (B, n) and values (B, n, C) a layer; directions (P, C) or (B, P, C), one for all layers or one a layer.
-    """
-    for layer, (weight, value) in enumerate(zip(weights, values, strict=True)):
-        direction = directions if isinstance(directions, Tensor) else directions[layer]
-        each = relu == "each"
-        if layer == 0:
-            gradient_weighted(weight, value, direction, relu=each, out=out)
-        else:
-            out.add_(gradient_weighted(weight, value, direction, relu=each))
-    return out.relu_() if relu == "sum" else out
-
-
 @dataclass(frozen=True)
-class GradEclip:
+class GradEclip(Method):
     """Grad-ECLIP with the parameters of its paper, its released scripts and its notebooks.
 
     heads: "model", or "single": the explained blocks run as one head of width D with scale D**-0.5, as the released
@@ -149,23 +128,28 @@ class GradEclip:
     lambda_over: Literal["words", "all"] = "words"
     signed: bool = False
 
+    info: ClassVar = MethodInfo(
+        source="Zhao et al., ICML 2024",
+        forwards="1",
+        backwards="0",
+        prompt_free=True,
+        agrees="the authors' released code to 1e-9 in float64, with heads='single', spatial='projected'",
+    )
+
+    @property
+    def has_features(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("heads", ("model", "single")),
-            ("spatial", ("raw", "projected", "none")),
-            ("reduce", ("relu_then_sum", "sum_then_relu", None)),
-            ("lambda_over", ("words", "all")),
-        ):
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(repr(a) for a in allowed if a is not None)
-                raise InputError(
-                    f"{name}={getattr(self, name)!r} is not a choice of Grad-ECLIP: give one of {choices}."
-                )
+        choice(self, "heads", "model", "single")
+        choice(self, "spatial", "raw", "projected", "none")
+        choice(self, "reduce", "relu_then_sum", "sum_then_relu", None)
+        choice(self, "lambda_over", "words", "all")
         if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
             raise InputError(f"layers={self.layers!r} must be a whole number of blocks, at least 1.")
 
     @torch.no_grad()
-    def image(self, tower: ImageTower, x: Tensor) -> Explained:
+    def image(self, tower: ImageTower, x: Tensor) -> SiteExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
         h = tower.embed(x)
         layers = self._depth(tower, 1)
@@ -174,14 +158,14 @@ class GradEclip:
         return self._explain(tower, h, tower.pooled(h), layers, slice(prefix, None), None, "relu_then_sum")
 
     @torch.no_grad()
-    def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> Explained:
+    def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> SiteExplained:
         """Prepare token ids (B, T); positions outside `words` (B, T) get weight zero.
 
         n is T, or less where padding at the end can have no influence.
         """
         pooled = tower.pooled(ids)
-        if tower.causal and self.lambda_over == "words":
-            seen = int(pooled.max()) + 1
+        if self.lambda_over == "words":
+            seen = tower.reach(pooled, ids.shape[1])
             ids, words = ids[:, :seen], words[:, :seen]
         layers = self._depth(tower, min(8, tower.depth))
         mask = tower.mask(ids.shape[1])
@@ -206,7 +190,7 @@ class GradEclip:
         reduce: str,
         mask: Tensor | None = None,
         visible: Tensor | None = None,
-    ) -> Explained:
+    ) -> SiteExplained:
         heads = 1 if self.heads == "single" else None
         first = tower.depth - layers
         bottom = h
@@ -223,7 +207,7 @@ class GradEclip:
         tail = tower.tail.linearize(sites[-1].residual, sites[-1].o)
         gradients = site_gradients(tower, sites, tail, bottom, pooled, heads)
         relu: Relu = "each" if (self.reduce or reduce) == "relu_then_sum" else "sum"
-        return Explained(
+        return SiteExplained(
             tail.z, weights, values, gradients, tail if layers == 1 else None, "none" if self.signed else relu
         )
 

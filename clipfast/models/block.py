@@ -145,13 +145,25 @@ class Block:
         o = F.scaled_dot_product_attention(_split(q, h), _split(k, h), _split(v, h), attn_mask=mask)
         return o.transpose(1, 2).flatten(2)
 
+    def attention(self, q: Tensor, k: Tensor, *, heads: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """The softmax itself, as `attend` applies it: (B, H, M, N)."""
+        h = heads or self.heads
+        scores = (_split(q, h) * (q.shape[-1] // h) ** -0.5) @ _split(k, h).mT
+        return (scores if mask is None else scores + mask).softmax(-1)
+
+    def query_key_value(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, N, D) of the block's input h (B, N, D): three views of one product."""
+        q, k, v = F.linear(self.norm1(h), self.qkv_weight, self.qkv_bias).split(self.width, dim=-1)
+        return q, k, v
+
+    def above(self, h: Tensor, o: Tensor) -> Tensor:
+        """The block's output for its input h and its attention's output o, all (B, N, D)."""
+        h = h + self.out(o)
+        return h.add_(self.mlp(h)) if not torch.is_grad_enabled() else h + self.mlp(h)
+
     def __call__(self, h: Tensor, *, heads: int | None = None, mask: Tensor | None = None) -> Tensor:
         """The block's output (B, N, D) for its input h (B, N, D)."""
-        x = self.norm1(h)
-        qkv = F.linear(x, self.qkv_weight, self.qkv_bias)
-        q, k, v = qkv.split(self.width, dim=-1)
-        h = h + self.out(self.attend(q, k, v, heads=heads, mask=mask))
-        return h.add_(self.mlp(h)) if not torch.is_grad_enabled() else h + self.mlp(h)
+        return self.above(h, self.attend(*self.query_key_value(h), heads=heads, mask=mask))
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

@@ -57,6 +57,7 @@ def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ImageTow
         blocks=blocks,
         tail=read_tail(blocks[-1], v.ln_post, v.proj, "visual"),
         causal=False,
+        logit_scale=_logit_scale(module),
         patch_weight=_weight(patch.weight, trunk),
         patch_bias=_optional(patch.bias, trunk),
         prefix=prefix,
@@ -96,6 +97,7 @@ def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower
         blocks=blocks,
         tail=read_tail(blocks[-1], t.ln_final, projection, where),
         causal=mask is not None,
+        logit_scale=_logit_scale(module),
         table=_weight(t.token_embedding.weight),
         positions=_weight(t.positional_embedding),
         pool=pool,
@@ -164,6 +166,12 @@ def read_tail(block: Block, norm: Any, projection: Tensor | nn.Linear, path: str
         proj=_weight(weight, dtype),
         proj_bias=_optional(bias, dtype),
     )
+
+
+def _logit_scale(module: Any) -> float:
+    """What the model multiplies cosines by; 1 where it says nothing."""
+    scale = getattr(module, "logit_scale", None)
+    return 1.0 if scale is None else float(scale.detach().exp())
 
 
 def _weight(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,7 +6,7 @@ hands out that attention's q, k, v and residual together with the tail above it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,18 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What happens in one block: its input h, the q, k and v of its attention, that attention's output o; (B, N, D)."""
+
+    block: Block
+    h: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+
+
+@dataclass(frozen=True)
 class Tower:
     """One side of the model: blocks, the final norm and projection, and where the pooled token is.
 
@@ -45,6 +57,8 @@ class Tower:
     blocks: Sequence[Block]
     tail: Tail
     causal: bool
+    # exp of the model's logit scale: what its softmax over classes multiplies cosines by.
+    logit_scale: float
 
     @property
     def depth(self) -> int:
@@ -80,6 +94,31 @@ class Tower:
         for block in self.blocks[start:stop]:
             h = block(h, heads=heads, mask=mask)
         return h
+
+    def layers(
+        self, h: Tensor, start: int = 0, stop: int | None = None, *, mask: Tensor | None = None
+    ) -> Iterator[tuple[Layer, Tensor]]:
+        """Blocks start..stop-1, run as they are asked for: (what happened in the block, its output (B, N, D)).
+
+        Differentiable in h where gradients are enabled.
+        """
+        for block in self.blocks[start:stop]:
+            q, k, v = block.query_key_value(h)
+            o = block.attend(q, k, v, mask=mask)
+            out = block.above(h, o)
+            yield Layer(block, h, q, k, v, o), out
+            h = out
+
+    def finish(
+        self, h: Tensor, pooled: Tensor, start: int = 0, *, mask: Tensor | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        """Unit embeddings (B, E) of h (B, N, D), the input of block `start`; the last block runs for the pooled token.
+
+        Differentiable in h where gradients are enabled. Arguments as for `run` and `site`.
+        """
+        h = self.run(h, start, self.depth - 1, mask=mask)
+        site = self.site(h, pooled, visible=visible)
+        return self.tail(site.residual, site.o)
 
     def site(
         self,
@@ -172,9 +211,8 @@ class ImageTower(Tower):
 
     def encode(self, x: Tensor) -> Tensor:
         """Unit embeddings (B, E) of normalised images (B, 3, H, W)."""
-        h = self.run(self.embed(x), stop=-1)
-        site = self.site(h, self.pooled(h))
-        return self.tail(site.residual, site.o)
+        h = self.embed(x)
+        return self.finish(h, self.pooled(h))
 
 
 @dataclass(frozen=True)
@@ -206,6 +244,10 @@ class TextTower(Tower):
         position = 0 if self.pool == "first" else ids.shape[1] - 1
         return torch.full((ids.shape[0],), position, dtype=torch.long, device=ids.device)
 
+    def reach(self, pooled: Tensor, length: int) -> int:
+        """How many of `length` positions matter: in a causal tower, none behind the last pooled token."""
+        return int(pooled.max()) + 1 if self.causal else length
+
     def mask(self, length: int) -> Tensor | None:
         """The additive attention mask (T, T) between tokens, None where every token sees every other."""
         if not self.causal:
@@ -219,10 +261,6 @@ class TextTower(Tower):
     def encode(self, ids: Tensor) -> Tensor:
         """Unit embeddings (B, E) of token ids (B, T)."""
         pooled = self.pooled(ids)
-        if self.causal:
-            # Nothing behind the last pooled token can reach it, so padding need not be computed.
-            ids = ids[:, : int(pooled.max()) + 1]
+        ids = ids[:, : self.reach(pooled, ids.shape[1])]
         length = ids.shape[1]
-        h = self.run(self.embed(ids), stop=-1, mask=self.mask(length))
-        site = self.site(h, pooled, visible=self.visible(pooled, length))
-        return self.tail(site.residual, site.o)
+        return self.finish(self.embed(ids), pooled, mask=self.mask(length), visible=self.visible(pooled, length))

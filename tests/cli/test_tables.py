@@ -38,7 +38,7 @@ def test_methods_show_what_set_takes(run: Any) -> None:
     assert parameters["spatial"] == {"name": "spatial", "default": "raw", "choices": ["raw", "projected", "none"]}
     assert parameters["layers"]["default"] is None
     text = run("methods", "grad_eclip").stdout
-    assert METHODS["grad_eclip"].source in text
+    assert METHODS["grad_eclip"].info.source in text
     assert "signed=false  (true | false)" in text
     assert "released" in text
 
