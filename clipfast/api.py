@@ -233,11 +233,12 @@ class Explainer:
         _, tower = self.model.towers(self.precision)
         ids = self.model.tokenize(texts)
         spans = [self.model.words(row, pooled) for row, pooled in zip(ids, tower.pooled(ids).tolist(), strict=True)]
-        inside = torch.zeros_like(ids, dtype=torch.bool)
+        inside = torch.zeros_like(ids)
         for text, row, words in zip(texts, inside, spans, strict=True):
             if not words:
                 raise TextError(f"{text!r} has no words to explain.")
-            row[[p for _, positions in words for p in positions]] = True
+            for number, (_, positions) in enumerate(words, start=1):
+                row[positions] = number
         explained = self._run.text(tower, ids, inside)
         self._check_finite(explained.z, {})
         maps, scores = explained.maps(embedding[None])[:, 0], explained.z @ embedding

@@ -102,9 +102,10 @@ class Method:
         raise NotImplementedError
 
     def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> Explained:
-        """Prepare token ids (B, T); `words` (B, T) is True where a token belongs to a word. Other positions get zero.
+        """Prepare token ids (B, T); words (B, T) is k on the tokens of the k-th word, 0 where a token is in none.
 
-        The maps have T places, or fewer where padding at the end can have no influence.
+        Booleans stand for words of one token each. Positions outside words get zero; a word's value is the sum over its
+        tokens. The maps have T places, or fewer where padding at the end can have no influence.
         """
         raise NotImplementedError
 

@@ -163,7 +163,7 @@ class GradEclip(Method):
 
         n is T, or less where padding at the end can have no influence.
         """
-        pooled = tower.pooled(ids)
+        pooled, words = tower.pooled(ids), words > 0
         if self.lambda_over == "words":
             seen = tower.reach(pooled, ids.shape[1])
             ids, words = ids[:, :seen], words[:, :seen]
