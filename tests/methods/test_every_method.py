@@ -1,0 +1,235 @@
+"""What holds for every method there is: whoever adds one to METHODS adds it here, too."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast import Explainer, load
+from clipfast.errors import InputError
+from clipfast.methods import METHODS, build_method
+from clipfast.methods.base import Method
+from clipfast.models.openclip import image_tower, text_tower
+from clipfast.models.tower import ImageTower, TextTower
+
+# Cheap settings of what would run for long; everything else as it comes.
+CHEAP: dict[str, dict[str, Any]] = {
+    "integrated_gradients": {"steps": 3},
+    "smooth_grad": {"samples": 3},
+    "mga_clip": {"steps": 3},
+    "m2ib": {"steps": 2, "samples": 2},
+    "rise": {"masks": 9},
+    "kernel_shap": {"samples": 20},
+    "score_cam": {},
+    "gscore_cam": {"top": 5},
+    "group_cam": {"groups": 4},
+}
+# What a prompt's map is depends on which others are asked with it.
+COMPARES_PROMPTS = {"clip_surgery"}
+TEXTS = ["a dog on the left", "boat", "two red cars next to a tree"]
+
+IMAGE = [
+    name
+    for name, method in METHODS.items()
+    if "image" in method.sides() and ImageTower in getattr(method, "reads", (ImageTower,))
+]
+TEXT = [name for name, method in METHODS.items() if "text" in method.sides()]
+
+
+def built(name: str) -> Method:
+    return build_method(name, CHEAP.get(name, {}))
+
+
+@pytest.fixture
+def towers(build_clip: Any) -> tuple[ImageTower, TextTower]:
+    # A grid that is not square, and small enough for 200 calls.
+    module = build_clip(image_size=(32, 48), patch_size=16).double()
+    return image_tower(module), text_tower(module)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, 32, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def texts() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return F.normalize(torch.randn(4, 24, dtype=torch.float64, generator=generator), dim=-1)
+
+
+@pytest.fixture
+def tokens(towers: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Texts of different lengths, and which word each position belongs to."""
+    ids = tokenizer(TEXTS)
+    words = torch.zeros_like(ids)
+    for row, pooled in zip(words, towers[1].pooled(ids).tolist(), strict=True):
+        row[1:pooled] = torch.arange(1, pooled)
+    return ids, words
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def ask(method: Method, explained: Any, texts: Tensor, empty: Tensor) -> Tensor:
+    """As the engine does: with the texts the method wants beside the user's."""
+    more = {"companions": empty} if method.companions(texts.shape[-2]) else {}
+    return explained.maps(texts, **more)
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_a_batch_equals_one_image_at_a_time(name, towers, images, texts) -> None:
+    method, empty = built(name), texts[-1:]
+    together = method.image(towers[0], images)
+    maps = ask(method, together, texts[:3], empty)
+    height, width = method.grid(towers[0], (32, 48))
+    assert maps.shape == (3, 3, height * width) and maps.isfinite().all()
+    assert maps.abs().max() > 0
+    same(together.z, towers[0].encode(images))
+    for i in range(3):
+        alone = method.image(towers[0], images[i : i + 1])
+        same(ask(method, alone, texts[:3], empty), maps[i : i + 1])
+        if name not in COMPARES_PROMPTS:
+            for p in range(3):
+                same(ask(method, alone, texts[p : p + 1], empty)[:, 0], maps[i : i + 1, p])
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_prompts_permute_and_may_belong_to_images(name, towers, images, texts) -> None:
+    method, empty = built(name), texts[-1:]
+    explained = method.image(towers[0], images)
+    maps = ask(method, explained, texts[:3], empty)
+    order = [2, 0, 1]
+    same(ask(method, explained, texts[order], empty), maps[:, order])
+    own = torch.stack([texts[[0, 1, 2]], texts[[2, 0, 1]], texts[[1, 2, 0]]])
+    found = ask(method, explained, own, empty)
+    for i, picked in enumerate(([0, 1, 2], [2, 0, 1], [1, 2, 0])):
+        same(found[i], maps[i, picked])
+    # Where to write is the caller's choice, and may be part of something larger.
+    room = torch.full((3, 5, maps.shape[-1]), torch.nan, dtype=maps.dtype)
+    more = {"companions": empty} if method.companions(3) else {}
+    explained.maps(texts[:3], out=room[:, 1:4], **more)
+    same(room[:, 1:4], maps)
+    assert room[:, [0, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_texts_in_a_batch_equal_one_at_a_time(name, towers, tokens, texts) -> None:
+    method, (ids, words) = built(name), tokens
+    explained = method.text(towers[1], ids, words)
+    maps = explained.maps(texts)
+    same(explained.z, towers[1].encode(ids))
+    assert maps.shape[:2] == (3, 4) and maps.isfinite().all() and maps.abs().max() > 0
+    assert (maps[~(words[:, None] > 0)[..., : maps.shape[-1]].expand_as(maps)] == 0).all()
+    for i in range(3):
+        alone = method.text(towers[1], ids[i : i + 1], words[i : i + 1])
+        for p in range(4):
+            found = alone.maps(texts[p : p + 1])[0, 0]
+            same(found, maps[i, p, : len(found)])
+            assert (maps[i, p, len(found) :] == 0).all()
+    order = [3, 1, 0, 2]
+    same(explained.maps(texts[order]), maps[:, order])
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_patches_that_cannot_be_told_apart_get_the_same(name, build_clip, texts) -> None:
+    """One colour and no positions: every patch is like every other, and so is its place in the map."""
+    module = build_clip(image_size=48, patch_size=16).double()
+    module.visual.positional_embedding.data.zero_()
+    tower, method = image_tower(module), built(name)
+    if method.grid(tower, (48, 48)) != (3, 3) or name in ("kernel_shap", "m2ib"):
+        pytest.skip("draws at random, or its map is of pixels")
+    x = torch.tensor((0.4, -0.7, 1.1), dtype=torch.float64)[None, :, None, None].expand(1, 3, 48, 48)
+    maps = ask(method, method.image(tower, x), texts[:2], texts[-1:])
+    spread = maps.amax(-1) - maps.amin(-1)
+    assert (spread <= 1e-9 * maps.abs().amax(-1).clamp(min=1e-3)).all()
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_model_stays_as_it_was(name, build_clip, tokenizer) -> None:
+    if name not in IMAGE and name not in TEXT:
+        pytest.skip("reads another kind of tower")
+    module = build_clip(image_size=32, patch_size=16)
+    module.train()
+    for i, parameter in enumerate(module.parameters()):
+        parameter.requires_grad_(i % 3 > 0)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in module.parameters()]
+    explainer = Explainer(load(module, tokenizer=tokenizer), name, **CHEAP.get(name, {}))
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    if name in IMAGE:
+        explainer(x, TEXTS)
+    if name in TEXT:
+        explainer.words(x[0], TEXTS)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert [parameter.requires_grad for parameter in module.parameters()] == flags
+    assert all(parameter.grad is None for parameter in module.parameters())
+    for part in module.modules():
+        assert part.training
+        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        assert not any(hooks) and "forward" not in vars(part)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_memory_does_not_grow_over_200_calls(name, build_clip, tokenizer) -> None:
+    if name not in IMAGE and name not in TEXT:
+        pytest.skip("reads another kind of tower")
+    explainer = Explainer(
+        load(build_clip(image_size=16, patch_size=8, layers=2), tokenizer=tokenizer), name, **CHEAP.get(name, {})
+    )
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+    def call() -> None:
+        if name in IMAGE:
+            explainer(x, TEXTS[:2])
+        else:
+            explainer.words(x[0], TEXTS[:2])
+
+    for _ in range(20):
+        call()
+    tensors, pages = _tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(200):
+        call()
+    assert _tensors() <= tensors
+    # In kilobytes; a leaked map, graph or batch of 200 calls would be several times that.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - pages < 4096
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_side_that_is_not_explained_is_named(name, build_clip, tokenizer) -> None:
+    explainer = (
+        Explainer(load(build_clip(image_size=32, patch_size=16), tokenizer=tokenizer), name)
+        if name in IMAGE + TEXT
+        else None
+    )
+    x = torch.zeros(1, 3, 32, 32)
+    if explainer is not None and name not in IMAGE:
+        with pytest.raises(InputError, match=f"{name} does not explain images; these methods do: grad_eclip"):
+            explainer(x, TEXTS)
+    if explainer is not None and name not in TEXT:
+        with pytest.raises(InputError, match=f"{name} does not explain texts; these methods do: grad_eclip"):
+            explainer.words(x[0], TEXTS[0])
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_says_what_it_is(name) -> None:
+    method = METHODS[name]
+    info = method.info
+    assert info.source and info.forwards and info.backwards and info.agrees
+    assert method.sides()
+    documented = method.__doc__ or ""
+    for parameter in method.parameters():
+        assert f"{parameter}:" in documented or f"{parameter} " in documented, f"{parameter} is not explained"
+
+
+def _tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(found), Tensor) for found in gc.get_objects())
