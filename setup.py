@@ -37,6 +37,7 @@ PACKAGES = [
     "clipfast.data",
     "clipfast.kernels",
     "clipfast.methods",
+    "clipfast.metrics",
     "clipfast.models",
     "clipfast.ops",
     "clipfast.view",
