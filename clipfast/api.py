@@ -27,9 +27,6 @@ from clipfast.results import Attribution, Features, Words
 
 Texts = str | Sequence[str] | Tensor
 
-# Tokens in one pass of the tower. On a CPU small batches stay in its caches: a tower is about a tenth cheaper an image
-# in batches of 4 than of 28 (ViT-B/16); a GPU wants to be filled.
-_CPU_TOKENS, _GPU_TOKENS = 800, 32768
 # Texts whose words are explained at once.
 _TEXTS = 64
 
@@ -337,8 +334,7 @@ class Explainer:
     def _micro_batch(self, tower: ImageTower, item: Prepared) -> int:
         height, width = item.geometry.covered
         tokens = tower.prefix.shape[0] + height // tower.patch_size[0] * (width // tower.patch_size[1])
-        room = _CPU_TOKENS if tower.device.type != "cuda" else _GPU_TOKENS // (8 if self._run.keeps_activations else 1)
-        return max(1, room // tokens)
+        return tower.rows_at_once(tokens, gradients=self._run.keeps_activations)
 
     def _allocate(self, found: list[Any], prompts: int, tower: ImageTower) -> tuple[list[Any], Tensor | None]:
         """Room for the maps: one tensor where every image's patch grid is known to be the same, else a list to fill."""

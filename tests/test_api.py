@@ -17,6 +17,7 @@ from PIL import Image
 import clipfast
 from clipfast import api
 from clipfast.errors import ImageError, InputError, ModelError, TextError
+from clipfast.models import tower
 
 TEXTS = ["a dog", "a red car", "two small birds on a wire"]
 
@@ -69,7 +70,7 @@ def test_every_kind_of_image_gives_the_same_map(model, images, tmp_path):
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch=st.integers(1, 9), prompts=st.integers(1, 60), micro=st.sampled_from([1, 20, 50, 1000]))
 def test_batch_equals_loop(model, monkeypatch, batch, prompts, micro):
-    monkeypatch.setattr(api, "_CPU_TOKENS", micro)
+    monkeypatch.setattr(tower, "CPU_TOKENS", micro)
     torch.manual_seed(batch)
     x, texts = torch.randn(batch, 3, 64, 64), torch.randn(prompts, 24)
     explainer = clipfast.Explainer(model)

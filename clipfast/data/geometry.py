@@ -93,6 +93,12 @@ class InputSpec:
         if self.max_side is not None and self.max_side < max(self.patch):
             raise InputError(f"max_side must be at least one patch ({max(self.patch)} pixels), not {self.max_side}.")
 
+    @property
+    def black(self) -> tuple[float, float, float]:
+        """A black pixel's red, green and blue in the model's input."""
+        red, green, blue = (-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+        return red, green, blue
+
     @classmethod
     def from_open_clip(cls, cfg: Mapping[str, Any], patch: int | Sequence[int]) -> InputSpec:
         """From open_clip's `model.visual.preprocess_cfg` and the tower's patch size; absent keys mean its defaults.

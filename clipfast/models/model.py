@@ -38,13 +38,15 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name or type(module).__name__
         self._towers: dict[torch.dtype | None, tuple[Any, ImageTower, TextTower]] = {}
-        tower, _ = self.towers()
+        with torch.no_grad():
+            tower = image_tower(module)
         if preprocess is None:
             self.spec = _own_spec(module, tower)
         elif isinstance(preprocess, InputSpec):
             self.spec = replace(preprocess, patch=tower.patch_size)
         else:
             self.spec = spec_of(preprocess, tower.patch_size)
+        self.towers()
 
     def __repr__(self) -> str:
         tower, _ = self.towers()
@@ -70,7 +72,8 @@ class Model:
         cached = self._towers.get(dtype)
         if cached is None or cached[0] != state:
             with torch.no_grad():
-                cached = (state, image_tower(self.module, dtype), text_tower(self.module, dtype))
+                image = replace(image_tower(self.module, dtype), black=self.spec.black)
+                cached = (state, image, text_tower(self.module, dtype))
             self._towers[dtype] = cached
         return cached[1], cached[2]
 
