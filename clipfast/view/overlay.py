@@ -23,7 +23,8 @@ def palette(name: str = "heat") -> np.ndarray:
 
     "heat" is matplotlib's inferno without its blackest part: ordered by lightness, so readable without colour vision,
     and with a dark rim that shows on bright things too. Any other name is matplotlib's own. All fade out where heat is
-    low, but "jet", whose weight is the same everywhere, as in the field's older figures.
+    low, but "jet", whose weight is the same everywhere, as in the field's older figures, and "signed", for maps whose 0.5
+    is nothing: green speaks for the score, purple against it, as far apart for the colour-blind.
 
     Raises InputError for an unknown name.
     """
@@ -31,11 +32,14 @@ def palette(name: str = "heat") -> np.ndarray:
 
     at = np.linspace(0, 1, 256)
     known = matplotlib.colormaps
-    if name != "heat" and name not in known:
-        raise InputError(f"no colour map is called {name!r}: 'heat', 'jet' and matplotlib's names are known.")
-    rgba = known["inferno"](0.12 + 0.86 * at) if name == "heat" else known[name](at)
+    if name not in ("heat", "signed") and name not in known:
+        raise InputError(f"no colour map is called {name!r}: 'heat', 'signed', 'jet' and matplotlib's names are known.")
+    rgba = {"heat": known["inferno"](0.12 + 0.86 * at), "signed": known["PRGn"](at)}.get(name)
+    if rgba is None:
+        rgba = known[name](at)
     if name != "jet":
-        ramp = np.clip((at - _RAMP[0]) / (_RAMP[1] - _RAMP[0]), 0, 1)
+        strength = np.abs(2 * at - 1) if name == "signed" else at
+        ramp = np.clip((strength - _RAMP[0]) / (_RAMP[1] - _RAMP[0]), 0, 1)
         rgba[:, 3] = ramp * ramp * (3 - 2 * ramp)
     table = np.rint(rgba * 255).astype(np.uint8)
     table.setflags(write=False)

@@ -78,3 +78,13 @@ def test_other_modes_and_tensors(picture, mode):
 def test_what_cannot_be_drawn_is_refused(picture, heat, options, words):
     with pytest.raises(InputError, match=words):
         overlay(picture, heat, **options)
+
+
+def test_signed_maps_show_nothing_in_the_middle_and_two_colours_at_the_ends() -> None:
+    table = palette("signed").astype(int)
+    assert table[127, 3] == table[128, 3] == 0
+    assert table[0, 3] == table[255, 3] == 255
+    red, green, blue, _ = table[255]
+    assert green > red and green > blue
+    red, green, blue, _ = table[0]
+    assert red > green and blue > green
