@@ -23,8 +23,8 @@ def palette(name: str = "heat") -> np.ndarray:
 
     "heat" is matplotlib's inferno without its blackest part: ordered by lightness, so readable without colour vision,
     and with a dark rim that shows on bright things too. Any other name is matplotlib's own. All fade out where heat is
-    low, but "jet", whose weight is the same everywhere, as in the field's older figures, and "signed", for maps whose 0.5
-    is nothing: green speaks for the score, purple against it, as far apart for the colour-blind.
+    low, but "jet", whose weight is the same everywhere, as in the field's older figures, and "signed", for maps whose
+    0.5 is nothing: green speaks for the score, purple against it, which the colour-blind can tell apart, too.
 
     Raises InputError for an unknown name.
     """
