@@ -18,8 +18,8 @@ from clipfast.models.tail import Tail
 from clipfast.models.tower import ImageTower, TextTower
 
 SUPPORTED = (
-    "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN) "
-    "and its text transformers that pool one token"
+    "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN), "
+    "its ModifiedResNet, and its text transformers that pool one token"
 )
 
 
@@ -51,14 +51,14 @@ def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ImageTow
     patch = v.conv1
     if tuple(patch.stride) != tuple(patch.kernel_size) or any(patch.padding):
         raise unsupported("visual.conv1", "cuts patches that overlap or are padded")
-    prefix = _weight(v.class_embedding, trunk).reshape(-1, v.class_embedding.shape[-1])
-    positions = _weight(v.positional_embedding, trunk)
+    prefix = read_weight(v.class_embedding, trunk).reshape(-1, v.class_embedding.shape[-1])
+    positions = read_weight(v.positional_embedding, trunk)
     return ImageTower(
         blocks=blocks,
         tail=read_tail(blocks[-1], v.ln_post, v.proj, "visual"),
         causal=False,
-        logit_scale=_logit_scale(module),
-        patch_weight=_weight(patch.weight, trunk),
+        logit_scale=read_logit_scale(module),
+        patch_weight=read_weight(patch.weight, trunk),
         patch_bias=_optional(patch.bias, trunk),
         prefix=prefix,
         positions=positions,
@@ -97,9 +97,9 @@ def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower
         blocks=blocks,
         tail=read_tail(blocks[-1], t.ln_final, projection, where),
         causal=mask is not None,
-        logit_scale=_logit_scale(module),
-        table=_weight(t.token_embedding.weight),
-        positions=_weight(t.positional_embedding),
+        logit_scale=read_logit_scale(module),
+        table=read_weight(t.token_embedding.weight),
+        positions=read_weight(t.positional_embedding),
         pool=pool,
         eot_id=getattr(t, "text_eos_id", getattr(t, "eos_id", -1)),
     )
@@ -134,16 +134,16 @@ def read_block(block: Any, path: str, dtype: torch.dtype | None) -> Block:
     return Block(
         heads=attn.num_heads,
         norm1=read_norm(block.ln_1, f"{path}.ln_1", dtype),
-        qkv_weight=_weight(attn.in_proj_weight, dtype),
+        qkv_weight=read_weight(attn.in_proj_weight, dtype),
         qkv_bias=_optional(attn.in_proj_bias, dtype),
-        out_weight=_weight(attn.out_proj.weight, dtype),
+        out_weight=read_weight(attn.out_proj.weight, dtype),
         out_bias=_optional(attn.out_proj.bias, dtype),
         scale1=_optional(_layer_scale(block, "ls_1", path), dtype),
         norm2=read_norm(block.ln_2, f"{path}.ln_2", dtype),
-        fc_weight=_weight(mlp.c_fc.weight, dtype),
+        fc_weight=read_weight(mlp.c_fc.weight, dtype),
         fc_bias=_optional(mlp.c_fc.bias, dtype),
         act=_activation(mlp, path),
-        proj_weight=_weight(mlp.c_proj.weight, dtype),
+        proj_weight=read_weight(mlp.c_proj.weight, dtype),
         proj_bias=_optional(mlp.c_proj.bias, dtype),
         scale2=_optional(_layer_scale(block, "ls_2", path), dtype),
     )
@@ -163,18 +163,18 @@ def read_tail(block: Block, norm: Any, projection: Tensor | nn.Linear, path: str
         block=block.to(dtype),
         rows=block,
         norm=read_norm(norm, f"{path}.{'ln_post' if path == 'visual' else 'ln_final'}", dtype),
-        proj=_weight(weight, dtype),
+        proj=read_weight(weight, dtype),
         proj_bias=_optional(bias, dtype),
     )
 
 
-def _logit_scale(module: Any) -> float:
+def read_logit_scale(module: Any) -> float:
     """What the model multiplies cosines by; 1 where it says nothing."""
     scale = getattr(module, "logit_scale", None)
     return 1.0 if scale is None else float(scale.detach().exp())
 
 
-def _weight(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def read_weight(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A parameter outside of autograd, shared with the module unless a cast is needed."""
     t = t.detach().to(dtype or t.dtype)
     # A model that was built under inference_mode: autograd, which several layers need, may not save its tensors.
@@ -182,7 +182,7 @@ def _weight(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _optional(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return None if t is None else _weight(t, dtype)
+    return None if t is None else read_weight(t, dtype)
 
 
 def _layer_scale(block: Any, name: str, path: str) -> Tensor | None:
