@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +83,17 @@ class Tower:
         return self.blocks[0].out_weight.dtype
 
     @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of embeddings, scores and maps."""
+        return self.tail.proj.dtype
+
+    @property
     def device(self) -> torch.device:
         return self.tail.proj.device
 
     def rows_at_once(self, tokens: int, *, gradients: bool = False) -> int:
         """How many inputs of so many tokens one pass should take; fewer on a GPU where their activations are kept."""
-        room = CPU_TOKENS if self.device.type != "cuda" else GPU_TOKENS // (8 if gradients else 1)
-        return max(1, room // tokens)
+        return rows_at_once(self.device, tokens, gradients)
 
     def run(
         self,
@@ -160,6 +165,13 @@ class Tower:
         dtype = self.tail.proj.dtype
         return Site(q.to(dtype), k.to(dtype), v.to(dtype), o.to(dtype), residual.to(dtype), visible)
 
+    def site_of(self, layer: Layer, pooled: Tensor, *, visible: Tensor | None = None) -> Site:
+        """The site of a block that `layers` has run for all tokens."""
+        rows = torch.arange(layer.h.shape[0], device=layer.h.device)
+        q, o, residual = (t[rows, pooled] for t in (layer.q, layer.o, layer.h))
+        q, k, v, o, residual = (t.to(self.tail.proj.dtype) for t in (q, layer.k, layer.v, o, residual))
+        return Site(q, k, v, o, residual, visible)
+
 
 @dataclass(frozen=True)
 class ImageTower(Tower):
@@ -177,6 +189,8 @@ class ImageTower(Tower):
     grid: tuple[int, int]
     norm_pre: Norm | None
     black: tuple[float, float, float] | None = None
+
+    kind: ClassVar[str] = "vision transformer"
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -197,8 +211,7 @@ class ImageTower(Tower):
     def patch(self, x: Tensor) -> Tensor:
         """The linear part, (B, 3, H, W) -> (B, N, D): convolution, prefix tokens and positions.
 
-        Another grid than the trained one gets bicubically resized positions (align_corners=False, no antialiasing),
-        as the published explainers do it.
+        Another grid than the trained one gets resized positions (`resize_positions`).
         """
         grid = self.grid_of(x)
         t = F.conv2d(x.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias, stride=self.patch_size)
@@ -208,14 +221,7 @@ class ImageTower(Tower):
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings (N, D) for a patch grid (h, w)."""
-        if grid == self.grid:
-            return self.positions
-        prefix, spatial = self.positions.split((self.prefix.shape[0], self.grid[0] * self.grid[1]))
-        # Half precision has no bicubic kernel everywhere; the table is small.
-        spatial = spatial.T.unflatten(1, self.grid)[None]
-        wide = spatial if spatial.dtype == torch.float64 else spatial.float()
-        resized = F.interpolate(wide, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((prefix, resized[0].flatten(1).T.to(prefix.dtype)))
+        return resize_positions(self.positions, self.grid, grid)
 
     def embed(self, x: Tensor) -> Tensor:
         """Input of block 0: (B, 3, H, W) -> (B, N, D)."""
@@ -281,3 +287,25 @@ class TextTower(Tower):
         ids = ids[:, : self.reach(pooled, ids.shape[1])]
         length = ids.shape[1]
         return self.finish(self.embed(ids), pooled, mask=self.mask(length), visible=self.visible(pooled, length))
+
+
+def rows_at_once(device: torch.device, tokens: int, gradients: bool) -> int:
+    """How many inputs of so many tokens one pass on a device should take."""
+    room = CPU_TOKENS if device.type != "cuda" else GPU_TOKENS // (8 if gradients else 1)
+    return max(1, room // tokens)
+
+
+def resize_positions(positions: Tensor, trained: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Position embeddings (K + gh gw, D), K prefix tokens before the `trained` grid (gh, gw), for another grid (h, w).
+
+    Bicubic, align_corners=False, no antialiasing, as the published explainers do it.
+    """
+    if grid == trained:
+        return positions
+    patches = trained[0] * trained[1]
+    prefix, spatial = positions.split((positions.shape[0] - patches, patches))
+    # Half precision has no bicubic kernel everywhere; the table is small.
+    spatial = spatial.T.unflatten(1, trained)[None]
+    wide = spatial if spatial.dtype == torch.float64 else spatial.float()
+    resized = F.interpolate(wide, size=grid, mode="bicubic", align_corners=False)
+    return torch.cat((prefix, resized[0].flatten(1).T.to(prefix.dtype)))
