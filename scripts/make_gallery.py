@@ -95,7 +95,7 @@ def page() -> str:
     lines = [
         "# Every method, one scene",
         "",
-        "`python scripts/make_gallery.py` draws this page with the demo model. Every method runs with its defaults; a map",
+        "`python scripts/make_gallery.py` draws this page with the demo model. Every method runs as it comes; a map",
         "from nothing to much is dark to bright, a map with both signs green (for the score) and purple (against it).",
         "A picture of one scene ranks nothing: before liking a method for its looks, see what each costs",
         "([methods-cost.md](methods-cost.md)) and how the demo model was trained ([demo-model.md](demo-model.md)).",

@@ -37,26 +37,54 @@ def methods(
     if as_json:
         print_json([_record(key, method) for key, method in found.items()])
         return
-    console = stdout()
-    for key, method in found.items():
+    if name is None:
+        _print_table(found)
+    else:
+        _print_all(name, found[name])
+
+
+def _print_table(found: dict[str, type[Method]]) -> None:
+    """One line a method."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("method", no_wrap=True)
+    table.add_column("explains", no_wrap=True)
+    for passes in ("forwards", "backwards"):
+        table.add_column(passes, justify="right")
+    table.add_column("from")
+    for name, method in found.items():
         info = method.info
-        about = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-        about.add_column(style="dim", no_wrap=True)
-        about.add_column()
-        about.add_row("from", Text(info.source))
-        about.add_row("explains", Text(" and ".join(f"{side}s" for side in method.sides())))
-        about.add_row("costs", Text(_cost(method)))
-        about.add_row("agrees with", Text(info.agrees))
-        if info.our_reading:
-            about.add_row("our reading", Text(info.our_reading))
-        for parameter in parameters_of(method):
-            choices = f"  ({' | '.join(parameter['choices'])})" if parameter["choices"] else ""
-            about.add_row("--set", Text(f"{parameter['name']}={_spelled(parameter['default'])}{choices}"))
-        console.print(Text(key, style="bold"))
-        console.print(about)
-        if name is not None:
-            console.print()
-            console.print(Text(inspect.getdoc(method) or ""))
+        sides = " ".join(f"{side}s" for side in method.sides())
+        forwards = Text.assemble(info.forwards, (" any P" if info.prompt_free else "", "green"))
+        table.add_row(Text(name, style="bold"), sides, forwards, info.backwards, Text(info.source, style="dim"))
+    console = stdout()
+    console.print(table)
+    console.print(
+        "Passes of the whole tower, an image; P is the number of texts, any P: the same passes serve all of them.",
+        style="dim",
+    )
+    console.print("All that one says, its parameters too: clipfast methods grad_eclip", style="dim")
+
+
+def _print_all(name: str, method: type[Method]) -> None:
+    """One method with its parameters and its documentation."""
+    info = method.info
+    about = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    about.add_column(style="dim", no_wrap=True)
+    about.add_column()
+    about.add_row("from", Text(info.source))
+    about.add_row("explains", Text(" and ".join(f"{side}s" for side in method.sides())))
+    about.add_row("costs", Text(_cost(method)))
+    about.add_row("agrees with", Text(info.agrees))
+    if info.our_reading:
+        about.add_row("our reading", Text(info.our_reading))
+    for parameter in parameters_of(method):
+        choices = f"  ({' | '.join(parameter['choices'])})" if parameter["choices"] else ""
+        about.add_row("--set", Text(f"{parameter['name']}={_spelled(parameter['default'])}{choices}"))
+    console = stdout()
+    console.print(Text(name, style="bold"))
+    console.print(about)
+    console.print()
+    console.print(Text(inspect.getdoc(method) or ""))
 
 
 def parameters_of(method: type[Method]) -> list[dict[str, Any]]:

@@ -35,12 +35,14 @@ def test_methods_show_what_set_takes(run: Any) -> None:
     assert [method["name"] for method in listed] == list(METHODS)
     (eclip,) = json.loads(run("methods", "grad_eclip", "--json").stdout)
     parameters = {parameter["name"]: parameter for parameter in eclip["parameters"]}
-    assert parameters["spatial"] == {"name": "spatial", "default": "raw", "choices": ["raw", "projected", "none"]}
+    assert parameters["heads"] == {"name": "heads", "default": "model", "choices": ["model", "single"]}
     assert parameters["layers"]["default"] is None
     text = run("methods", "grad_eclip").stdout
     assert METHODS["grad_eclip"].info.source in text
     assert "signed=false  (true | false)" in text
     assert "released" in text
+    table = run("methods").stdout
+    assert all(name in table for name in METHODS)
 
 
 def test_no_such_method(run: Any) -> None:
