@@ -17,16 +17,19 @@ Gradients = Callable[[Tensor], list[Tensor]]
 """Cotangents t (R, E) or (B, R, E) -> d(z . t)/do for each explained block, lowest first: (B, R, D)."""
 
 
-def score_gradients(z: Tensor, inputs: Sequence[Tensor], texts: Tensor) -> Iterator[list[Tensor]]:
+def score_gradients(
+    z: Tensor, inputs: Sequence[Tensor], texts: Tensor, *, keep: bool = False
+) -> Iterator[list[Tensor]]:
     """For each prompt its scores' gradients with respect to `inputs`, one backward pass a prompt for the whole batch.
 
     z (B, E): unit embeddings made from `inputs` (B, ...) with gradients enabled, each row from its own row of them.
-    texts (P, E) or (B, P, E): unit embeddings. The graph is freed with the last prompt.
+    texts (P, E) or (B, P, E): unit embeddings. The graph is freed with the last prompt unless
+    it is to be kept.
     """
     cotangents = texts.to(z.dtype).expand(len(z), *texts.shape[-2:])
     prompts = cotangents.shape[1]
     for p in range(prompts):
-        yield list(torch.autograd.grad(z, list(inputs), cotangents[:, p], retain_graph=p + 1 < prompts))
+        yield list(torch.autograd.grad(z, list(inputs), cotangents[:, p], retain_graph=keep or p + 1 < prompts))
 
 
 def site_gradients(

@@ -88,17 +88,28 @@ class LinearTail:
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """d(z . t)/do for cotangents t (B, R, E), or (R, E) shared by all images: (B, R, D)."""
+        b, w = self.tail.block, self.tail.rows
+        gy = self._residual_rows(cotangents)
+        return _product(gy if b.scale1 is None else gy.mul_(b.scale1), w.out_weight).div_(self.norm[:, None])
+
+    def residual_vjp(self, cotangents: Tensor) -> Tensor:
+        """d(z . t)/dr for the residual stream r under o; arguments and shape as in `vjp`."""
+        return self._residual_rows(cotangents).div_(self.norm[:, None])
+
+    def _residual_rows(self, cotangents: Tensor) -> Tensor:
+        """`residual_vjp` before the division by the embedding's length.
+
+        It comes last: before, half precision would lose small gradients.
+        """
         b, w, batch = self.tail.block, self.tail.rows, self.z.shape[0]
         t = cotangents.expand(batch, *cotangents.shape[-2:])
-        # The division by the embedding's length comes last: before, half precision would lose small gradients.
         ge = torch.baddbmm(t, t @ self.z[:, :, None], self.z[:, None, :], alpha=-1)
         proj = self.tail.proj.T.to(w.out_weight.dtype)
         gx = _norm_jacobian(_gain_(_product(ge, proj), self.tail.norm), self.x2, self.r2)
         gm = _product(gx if b.scale2 is None else gx * b.scale2, w.proj_weight)
         ga = _gain_(_product(gm.mul_(self.slope[:, None]), w.fc_weight), b.norm2)
         del gm
-        gy = gx.add_(_norm_jacobian(ga, self.x1, self.r1))
-        return _product(gy if b.scale1 is None else gy.mul_(b.scale1), w.out_weight).div_(self.norm[:, None])
+        return gx.add_(_norm_jacobian(ga, self.x1, self.r1))
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
