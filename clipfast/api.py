@@ -21,8 +21,8 @@ from clipfast.errors import ImageError, InputError, ModelError, TextError
 from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Relu
 from clipfast.models.load import load
-from clipfast.models.model import Model, Precision
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.model import AnyImageTower, Model, Precision
+from clipfast.models.tower import TextTower
 from clipfast.results import Attribution, Features, Words
 
 Texts = str | Sequence[str] | Tensor
@@ -114,7 +114,7 @@ class Explainer:
             )
         prompts = 1 if pairs else len(embeddings)
         maps, whole = self._allocate(found, prompts, tower)
-        scores = torch.full((len(found), prompts), torch.nan, dtype=tower.tail.proj.dtype, device=tower.device)
+        scores = torch.full((len(found), prompts), torch.nan, dtype=tower.result_dtype, device=tower.device)
         geometries: list[Geometry | None] = [None] * len(found)
         errors: dict[int, ImageError] = {}
         extras: dict[str, Tensor] = {}
@@ -225,6 +225,17 @@ class Explainer:
         if side not in self._run.sides():
             having = ", ".join(name for name, method in METHODS.items() if side in method.sides())
             raise InputError(f"{self.method} does not explain {side}s; these methods do: {having}.")
+        tower, _ = self.model.towers(self.precision)
+        if side == "image" and not isinstance(tower, self._run.reads):
+            having = ", ".join(
+                name
+                for name, method in METHODS.items()
+                if "image" in method.sides() and isinstance(tower, method.reads)
+            )
+            raise InputError(
+                f"{self.method} cannot explain images with {self.model.name}, whose image tower is a {tower.kind}; "
+                f"these methods can: {having}."
+            )
 
     def _words(self, embedding: Tensor, texts: list[str]) -> list[Words]:
         _, tower = self.model.towers(self.precision)
@@ -263,7 +274,7 @@ class Explainer:
         (_, x, _), *_ = self._batches(found, tower, {}, "raise", None)
         return tower.encode(x)[0]
 
-    def _texts(self, texts: Texts, image: ImageTower, text: TextTower) -> tuple[list[str] | None, Tensor]:
+    def _texts(self, texts: Texts, image: AnyImageTower, text: TextTower) -> tuple[list[str] | None, Tensor]:
         """(the strings or None, unit embeddings (P, E)); the last strings' embeddings are kept."""
         if isinstance(texts, Tensor):
             if texts.ndim != 2 or texts.shape[1] != image.embed_dim or not texts.is_floating_point():
@@ -273,7 +284,7 @@ class Explainer:
                 )
             if len(texts) == 0:
                 raise TextError("there is no text: pass at least one.")
-            embeddings = texts.detach().to(image.device, image.tail.proj.dtype)
+            embeddings = texts.detach().to(image.device, image.result_dtype)
             norms = embeddings.norm(dim=-1)
             if not bool((norms.isfinite() & (norms > 0)).all()):
                 raise TextError("text embeddings must be finite and not zero.")
@@ -292,7 +303,7 @@ class Explainer:
     def _batches(
         self,
         found: list[Any],
-        tower: ImageTower,
+        tower: AnyImageTower,
         errors: dict[int, ImageError],
         on_error: str,
         progress: Callable[[int], None] | None,
@@ -324,26 +335,26 @@ class Explainer:
                 progress(len(indices))
 
     def _ready(
-        self, indices: list[int], batch: list[Prepared], tower: ImageTower
+        self, indices: list[int], batch: list[Prepared], tower: AnyImageTower
     ) -> tuple[list[int], Tensor, list[Prepared]]:
         x = _together([item.pixels for item in batch])
         if x.dtype == torch.uint8:
             return indices, normalize(x, self.spec, tower.dtype, tower.device), batch
         return indices, x.to(tower.device, tower.dtype), batch
 
-    def _micro_batch(self, tower: ImageTower, item: Prepared) -> int:
+    def _micro_batch(self, tower: AnyImageTower, item: Prepared) -> int:
         height, width = item.geometry.covered
-        tokens = tower.prefix.shape[0] + height // tower.patch_size[0] * (width // tower.patch_size[1])
-        return tower.rows_at_once(tokens, gradients=self._run.keeps_activations)
+        patches = height // tower.patch_size[0] * (width // tower.patch_size[1])
+        return tower.rows_at_once(patches, gradients=self._run.keeps_activations)
 
-    def _allocate(self, found: list[Any], prompts: int, tower: ImageTower) -> tuple[list[Any], Tensor | None]:
+    def _allocate(self, found: list[Any], prompts: int, tower: AnyImageTower) -> tuple[list[Any], Tensor | None]:
         """Room for the maps: one tensor where every image's patch grid is known to be the same, else a list to fill."""
         shapes: set[tuple[int, int]] = {
             (s.shape[-2], s.shape[-1]) if isinstance(s, Tensor) and s.is_floating_point() else self.spec.size
             for s in found
         }
         known = self.spec.resize != "keep" or all(isinstance(s, Tensor) and s.is_floating_point() for s in found)
-        dtype = tower.tail.proj.dtype
+        dtype = tower.result_dtype
         grid = self._run.grid(tower, max(shapes, key=lambda s: s[0] * s[1]))
         needed = len(found) * prompts * grid[0] * grid[1] * dtype.itemsize
         if needed > _memory(tower.device):

@@ -94,11 +94,15 @@ class Method:
     """The base of all methods. A subclass overrides `image`, `text` or both, and says the rest in class variables."""
 
     info: ClassVar[MethodInfo]
+    # The kinds of image tower that `image` takes.
+    reads: ClassVar[tuple[type, ...]] = (ImageTower,)
     # Whether the tower's activations are kept for a backward pass: batches are made smaller for it.
     keeps_activations: ClassVar[bool] = False
+    # Whether `maps` takes the state of a single word in place of a text's embedding.
+    maps_words: ClassVar[bool] = False
 
-    def image(self, tower: ImageTower, x: Tensor) -> Explained:
-        """Prepare normalised images (B, 3, H, W)."""
+    def image(self, tower: Any, x: Tensor) -> Explained:
+        """Prepare normalised images (B, 3, H, W) with a tower of a kind in `reads`."""
         raise NotImplementedError
 
     def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> Explained:
@@ -109,7 +113,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def grid(self, tower: ImageTower, size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, tower: Any, size: tuple[int, int]) -> tuple[int, int]:
         """The grid (h, w) of the maps for inputs of `size` (H, W) pixels: the tower's patches, if not overridden."""
         height, width = tower.patch_size
         return size[0] // height, size[1] // width

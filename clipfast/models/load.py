@@ -184,8 +184,6 @@ def _reason_unfit(config: Mapping[str, Any]) -> str | None:
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "timm_model_name" in vision:
         return f"has a timm image tower ({vision['timm_model_name']})"
-    if isinstance(vision.get("layers"), list):
-        return "has a ResNet image tower"
     if "hf_model_name" in text:
         return f"has a Hugging Face text tower ({text['hf_model_name']})"
     if vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok":
@@ -201,14 +199,9 @@ def _fits(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
     """Whether a configuration has the shapes of a state dict; head counts and activations leave no trace in them."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     prefix = "text." if "text.token_embedding.weight" in weights else ""
-    width, patch = vision.get("width", 768), vision.get("patch_size", 16)
-    size = vision.get("image_size", 224)
-    height, wide = (size, size) if isinstance(size, int) else size
+    resnet = isinstance(vision.get("layers"), list)
     expected = {
-        "visual.conv1.weight": (width, 3, patch, patch),
-        "visual.positional_embedding": (1 + (height // patch) * (wide // patch), width),
-        "visual.proj": (width, config["embed_dim"]),
-        "visual.transformer.resblocks.0.mlp.c_fc.weight": (int(width * vision.get("mlp_ratio", 4)), width),
+        **(_resnet_shapes if resnet else _transformer_shapes)(vision, config["embed_dim"]),
         f"{prefix}token_embedding.weight": (text.get("vocab_size", 49408), text.get("width", 512)),
         f"{prefix}positional_embedding": (text.get("context_length", 77), text.get("width", 512)),
     }
@@ -218,11 +211,30 @@ def _fits(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
         return False
     if ("visual.transformer.resblocks.0.ls_1.gamma" in weights) != (vision.get("ls_init_value") is not None):
         return False
-    return all(
-        f"{stem}.resblocks.{layers - 1}.ln_1.weight" in weights
-        and f"{stem}.resblocks.{layers}.ln_1.weight" not in weights
-        for stem, layers in (
-            ("visual.transformer", vision.get("layers", 12)),
-            (f"{prefix}transformer", text.get("layers", 12)),
-        )
-    )
+    counted = [(f"{prefix}transformer.resblocks.{{}}.ln_1.weight", text.get("layers", 12))]
+    if resnet:
+        counted += [(f"visual.layer{i}.{{}}.conv1.weight", n) for i, n in enumerate(vision["layers"], start=1)]
+    else:
+        counted += [("visual.transformer.resblocks.{}.ln_1.weight", vision.get("layers", 12))]
+    return all(name.format(n - 1) in weights and name.format(n) not in weights for name, n in counted)
+
+
+def _transformer_shapes(vision: Mapping[str, Any], embed_dim: int) -> dict[str, tuple[int, ...]]:
+    width, patch = vision.get("width", 768), vision.get("patch_size", 16)
+    size = vision.get("image_size", 224)
+    height, wide = (size, size) if isinstance(size, int) else size
+    return {
+        "visual.conv1.weight": (width, 3, patch, patch),
+        "visual.positional_embedding": (1 + (height // patch) * (wide // patch), width),
+        "visual.proj": (width, embed_dim),
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": (int(width * vision.get("mlp_ratio", 4)), width),
+    }
+
+
+def _resnet_shapes(vision: Mapping[str, Any], embed_dim: int) -> dict[str, tuple[int, ...]]:
+    width, size = vision.get("width", 64), vision.get("image_size", 224)
+    return {
+        "visual.conv3.weight": (width, width // 2, 3, 3),
+        "visual.attnpool.positional_embedding": (1 + (size // 32) ** 2, 32 * width),
+        "visual.attnpool.c_proj.weight": (embed_dim, 32 * width),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from clipfast.data.geometry import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
 from clipfast.models.openclip import image_tower, text_tower
+from clipfast.models.resnet import ResNetTower, resnet_tower
 from clipfast.models.tower import ImageTower, TextTower
 
 Precision = Literal["float32", "bfloat16", "auto"] | None
 Tokenizer = Callable[[list[str]], Tensor]
+AnyImageTower = ImageTower | ResNetTower
 
 _TEXT_BATCH = 256
 
@@ -37,9 +40,9 @@ class Model:
         self.module = module
         self.tokenizer = tokenizer
         self.name = name or type(module).__name__
-        self._towers: dict[torch.dtype | None, tuple[Any, ImageTower, TextTower]] = {}
+        self._towers: dict[torch.dtype | None, tuple[Any, AnyImageTower, TextTower]] = {}
         with torch.no_grad():
-            tower = image_tower(module)
+            tower = _image_tower(module)
         if preprocess is None:
             self.spec = _own_spec(module, tower)
         elif isinstance(preprocess, InputSpec):
@@ -61,18 +64,18 @@ class Model:
         return self.towers()[0].device
 
     @torch.inference_mode(False)
-    def towers(self, precision: Precision = None) -> tuple[ImageTower, TextTower]:
+    def towers(self, precision: Precision = None) -> tuple[AnyImageTower, TextTower]:
         """The image and the text tower with their trunks in `precision`; None runs the weights as they are.
 
-        Towers share the module's tensors (casts are cached), and are read anew when the module's parameters were
-        replaced or changed, so that an explainer made before a fine-tuning step explains the model after it.
+        Towers share the module's tensors (casts are cached), and are read anew when the module's parameters or buffers
+        were replaced or changed, so that an explainer made before a fine-tuning step explains the model after it.
         """
         dtype = self._dtype(precision)
         state = _fingerprint(self.module)
         cached = self._towers.get(dtype)
         if cached is None or cached[0] != state:
             with torch.no_grad():
-                image = replace(image_tower(self.module, dtype), black=self.spec.black)
+                image = replace(_image_tower(self.module, dtype), black=self.spec.black)
                 cached = (state, image, text_tower(self.module, dtype))
             self._towers[dtype] = cached
         return cached[1], cached[2]
@@ -188,11 +191,18 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def _image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyImageTower:
+    resnet = hasattr(getattr(module, "visual", None), "attnpool")
+    return resnet_tower(module, dtype) if resnet else image_tower(module, dtype)
+
+
 def _fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters())
+    # Buffers too: a batch norm's statistics move in training mode without any parameter.
+    held = chain(module.parameters(), module.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in held)
 
 
-def _own_spec(module: Any, tower: ImageTower) -> InputSpec:
+def _own_spec(module: Any, tower: AnyImageTower) -> InputSpec:
     visual = module.visual
     config = dict(getattr(visual, "preprocess_cfg", None) or {})
     (ph, pw), (gh, gw) = tower.patch_size, tower.grid

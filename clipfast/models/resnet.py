@@ -18,7 +18,7 @@ from clipfast.errors import InputError, nearest
 from clipfast.models.openclip import read_logit_scale, read_weight, unsupported
 from clipfast.models.tower import resize_positions, rows_at_once
 
-_STEM = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+_CONVS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -202,14 +202,14 @@ def resnet_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ResNetT
     """
     v: Any = getattr(module, "visual", None)
     where = f"visual ({type(v).__name__})"
-    for name in (*(n for pair in _STEM for n in pair), *_STAGES, "attnpool"):
+    for name in (*(n for pair in _CONVS for n in pair), *_STAGES, "attnpool"):
         if getattr(v, name, None) is None:
             raise unsupported(where, f"has no '{name}'")
     own = v.conv1.weight.dtype
     trunk = dtype or (torch.float32 if own.itemsize < 4 and v.conv1.weight.device.type == "cpu" else own)
     stages = [list(getattr(v, name)) for name in _STAGES]
     return ResNetTower(
-        stem=[_read_conv(v, conv, norm, "visual", trunk) for conv, norm in _STEM],
+        stem=[_read_conv(v, conv, norm, "visual", trunk) for conv, norm in _CONVS],
         blocks=[
             _read_block(block, f"visual.{name}.{i}", trunk)
             for name, blocks in zip(_STAGES, stages, strict=True)
@@ -225,9 +225,12 @@ def _read_block(block: Any, path: str, dtype: torch.dtype) -> Bottleneck:
     for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"):
         if not hasattr(block, name):
             raise unsupported(f"{path} ({type(block).__name__})", f"has no '{name}'")
+    reduce, spatial, expand = (_read_conv(block, conv, norm, path, dtype) for conv, norm in _CONVS)
     down = getattr(block, "downsample", None)
     return Bottleneck(
-        *(_read_conv(block, conv, norm, path, dtype) for conv, norm in _STEM),
+        reduce,
+        spatial,
+        expand,
         shortcut=None if down is None else _read_conv(down, "0", "1", f"{path}.downsample", dtype),
         stride=block.stride,
     )

@@ -107,7 +107,6 @@ def test_checkpoint_of_something_else(tmp_path):
         ("dmeo", None, "did you mean 'demo'"),
         ("ViT-B-16", None, "needs weights: name them as ViT-B-16:openai"),
         ("ViT-B-16", "opanai", "no weights or file 'opanai': did you mean 'openai'"),
-        ("RN50", "openai", "ResNet image tower"),
         ("ViT-B-16-SigLIP", "webli", "timm image tower"),
         ("coca_ViT-B-32", "random", "cannot read yet"),
         ("missing.pt", None, "no checkpoint missing.pt"),
@@ -120,7 +119,7 @@ def test_names_and_tags_that_do_not_exist(name, pretrained, message):
 
 def test_known_models_are_readable():
     known = known_models()
-    assert "openai" in known["ViT-B-16"] and "RN50" not in known
+    assert "openai" in known["ViT-B-16"] and "openai" in known["RN50x4"] and "ViT-B-16-SigLIP" not in known
     assert clipfast.load("ViT-B-32:random").spec.size == (224, 224)
 
 
