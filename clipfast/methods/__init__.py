@@ -6,10 +6,20 @@ from typing import Any
 
 from clipfast.errors import InputError, nearest
 from clipfast.methods.base import Method
+from clipfast.methods.clip_surgery import ClipSurgery
+from clipfast.methods.gem import Gem
 from clipfast.methods.grad_eclip import GradEclip
+from clipfast.methods.m2ib import M2IB
+from clipfast.methods.mask_clip import MaskClip
+from clipfast.methods.tclip import Tclip
 
 METHODS: dict[str, type[Method]] = {
     "grad_eclip": GradEclip,
+    "m2ib": M2IB,
+    "mask_clip": MaskClip,
+    "gem": Gem,
+    "clip_surgery": ClipSurgery,
+    "tclip": Tclip,
 }
 
 

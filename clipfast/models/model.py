@@ -9,12 +9,14 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast.data.geometry import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
 from clipfast.models.openclip import image_tower, text_tower
 from clipfast.models.resnet import ResNetTower, resnet_tower
+from clipfast.models.tokens import TokenStates, word_states
 from clipfast.models.tower import ImageTower, TextTower
 
 Precision = Literal["float32", "bfloat16", "auto"] | None
@@ -93,11 +95,11 @@ class Model:
                 f"precision {precision!r} is unknown: {nearest(str(precision), ['float32', 'bfloat16', 'auto'])}"
             ) from None
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
+    def tokenize(self, texts: Sequence[str], *, empty: bool = False) -> Tensor:
         """Token ids (P, T) on the model's device.
 
-        Raises TextError for an empty text, a text that is no string, or when the model came without a tokenizer; warns
-        with what was cut from texts longer than the context.
+        Raises TextError for an empty text (but with `empty`), a text that is no string, or when the model came without
+        a tokenizer; warns with what was cut from texts longer than the context.
         """
         if self.tokenizer is None:
             raise TextError(
@@ -109,7 +111,7 @@ class Model:
                 raise TextError(
                     f"text {i} is a {type(text).__name__}: texts are strings, or one tensor of embeddings (P, E)."
                 )
-            if not text.strip():
+            if not empty and not text.strip():
                 raise TextError(f"text {i} is empty: give at least one word.")
             self._warn_if_cut(text)
         ids = self.tokenizer(list(texts))
@@ -165,20 +167,59 @@ class Model:
                 positions = []
         return words
 
+    def tokenize_words(self, texts: Sequence[str]) -> tuple[Tensor, list[list[tuple[str, list[int]]]]]:
+        """Token ids (P, T), and the words of each text with their positions.
+
+        Raises TextError as `tokenize` and `words` do, and for a text without words.
+        """
+        ids = self.tokenize(texts)
+        ends = self.towers()[1].pooled(ids).tolist()
+        found = [self.words(row, end) for row, end in zip(ids, ends, strict=True)]
+        for text, words in zip(texts, found, strict=True):
+            if not words:
+                raise TextError(f"{text!r} has no words to explain.")
+        return ids, found
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str], precision: Precision = None) -> Tensor:
-        """Unit embeddings (P, E) of texts, equal to the model's own.
+    def encode_texts(self, texts: Sequence[str], precision: Precision = None, *, empty: bool = False) -> Tensor:
+        """Unit embeddings (P, E) of texts, equal to the model's own. Raises TextError as `tokenize` does.
 
         Texts run sorted by length, so that short ones do not pay for the padding of long ones.
         """
         _, tower = self.towers(precision)
-        ids = self.tokenize(texts)
-        order = tower.pooled(ids).argsort(stable=True)
+        ids = self.tokenize(texts, empty=empty)
         found = torch.empty(len(texts), tower.embed_dim, dtype=tower.tail.proj.dtype, device=ids.device)
-        for chunk in order.split(_TEXT_BATCH):
+        for chunk in _by_length(tower.pooled(ids)):
             found[chunk] = tower.encode(ids[chunk])
         return found
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def token_states(self, texts: Sequence[str], precision: Precision = None) -> TokenStates:
+        """Texts and their words in the joint space: every token through the whole tower, final norm and projection.
+
+        Costs one pass of `encode_texts` whose last block runs for all tokens. Raises TextError as `tokenize_words`.
+        """
+        _, tower = self.towers(precision)
+        ids, named = self.tokenize_words(texts)
+        pooled = tower.pooled(ids)
+        embeddings = torch.empty(len(texts), tower.embed_dim, dtype=tower.tail.proj.dtype, device=ids.device)
+        found: dict[int, Tensor] = {}
+        for chunk in _by_length(pooled):
+            length = tower.reach(pooled[chunk], ids.shape[1])
+            h = tower.run(tower.embed(ids[chunk, :length]), mask=tower.mask(length))
+            states = F.normalize(tower.tail.project(h.to(embeddings.dtype)), dim=-1)
+            embeddings[chunk] = states[torch.arange(len(chunk)), pooled[chunk]]
+            spans = [[positions for _, positions in named[i]] for i in chunk.tolist()]
+            found.update(zip(chunk.tolist(), word_states(states, spans), strict=True))
+        names = [[word for word, _ in words] for words in named]
+        return TokenStates(embeddings, names, torch.cat([found[i] for i in range(len(texts))]))
+
+
+def _by_length(pooled: Tensor) -> tuple[Tensor, ...]:
+    """The numbers of the texts in batches, short texts first."""
+    return pooled.argsort(stable=True).split(_TEXT_BATCH)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
