@@ -15,11 +15,11 @@ from clipfast.methods.tclip import Tclip
 
 METHODS: dict[str, type[Method]] = {
     "grad_eclip": GradEclip,
-    "m2ib": M2IB,
-    "mask_clip": MaskClip,
-    "gem": Gem,
-    "clip_surgery": ClipSurgery,
     "tclip": Tclip,
+    "mask_clip": MaskClip,
+    "clip_surgery": ClipSurgery,
+    "gem": Gem,
+    "m2ib": M2IB,
 }
 
 

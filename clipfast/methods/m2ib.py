@@ -139,7 +139,7 @@ class M2IB(Method):
         forwards="1, and a sixth of samples x (steps - 1) x P",
         backwards="a sixth of samples x (steps - 1) x P",
         prompt_free=False,
-        agrees="the published loop, hooked to the model's block with torch's Adam and the same noise, to 1e-9 in float64",
+        agrees="the published loop on the model itself with torch's Adam and the same noise, to 1e-9 in float64",
         our_reading="in a tower of other than 12 blocks the bottleneck is three quarters up",
     )
     keeps_activations: ClassVar[bool] = True
