@@ -1,4 +1,4 @@
-"""CLIP Surgery against its published form: tensors of (tokens, prompts, channels), an image at a time, in plain PyTorch."""
+"""CLIP Surgery against its published form: tensors of (tokens, prompts, channels), one image at a time."""
 
 from __future__ import annotations
 
