@@ -9,6 +9,7 @@ from clipfast.methods.base import Method
 from clipfast.methods.clip_surgery import ClipSurgery
 from clipfast.methods.gem import Gem
 from clipfast.methods.grad_eclip import GradEclip
+from clipfast.methods.library_cam import GradCamPlusPlus, LayerCam, XGradCam
 from clipfast.methods.m2ib import M2IB
 from clipfast.methods.mask_clip import MaskClip
 from clipfast.methods.tclip import Tclip
@@ -20,6 +21,9 @@ METHODS: dict[str, type[Method]] = {
     "clip_surgery": ClipSurgery,
     "gem": Gem,
     "m2ib": M2IB,
+    "grad_cam++": GradCamPlusPlus,
+    "xgrad_cam": XGradCam,
+    "layer_cam": LayerCam,
 }
 
 

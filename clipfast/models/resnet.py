@@ -89,7 +89,8 @@ class ResNetTower:
     stem: the convolutions before the first stage. blocks: those of all stages, `stages` counting each one's. black: as
     an `ImageTower`'s. The trunk runs in its own dtype, the attention pool in float32, or float64 for a float64 model.
 
-    A *layer* is a stage ("layer4": its last block) or a block ("layer4.0"), under the names of the model's own modules.
+    A *layer* is a block's output, named by the block's number from the bottom (from the top where negative), or as the
+    model's own modules are: "layer4.0", or "layer4" for a stage's last block.
     """
 
     stem: Sequence[Conv]
@@ -140,24 +141,28 @@ class ResNetTower:
         # A place is as large as four patches of 16 x 16 pixels.
         return rows_at_once(self.device, 4 * tokens, gradients)
 
-    def grid_of(self, x: Tensor, layer: str = "layer4") -> tuple[int, int]:
-        """The grid (h, w) of a layer's features for an input (..., H, W).
+    def grid_of(self, x: Tensor) -> tuple[int, int]:
+        """The grid (h, w) of an input (B, 3, H, W): of the last stage's features."""
+        return self.grid_at((x.shape[2], x.shape[3]))
+
+    def grid_at(self, size: tuple[int, int], layer: int | str = -1) -> tuple[int, int]:
+        """The grid (h, w) of a layer's features for inputs of `size` (H, W).
 
         Raises InputError for an input smaller than 32 x 32 pixels, and for an unknown layer.
         """
-        height, width = x.shape[-2:]
-        if height < 32 or width < 32:
+        if min(size) < 32:
             raise InputError(
-                f"images of {height} x {width} pixels hold no patch: this model's features are of 32 x 32."
+                f"images of {size[0]} x {size[1]} pixels are too small: this model sees 32 x 32 at a time."
             )
-        finer = 1 << (len(self.stages) - 1 - self._stage(layer))
-        return height // 32 * finer, width // 32 * finer
+        above = self._above(layer)
+        finer = 1 << sum(above <= sum(self.stages[:i]) for i in range(1, len(self.stages)))
+        return size[0] // 32 * finer, size[1] // 32 * finer
 
-    def features(self, x: Tensor, layer: str = "layer4") -> Tensor:
-        """A layer's output (B, C, h, w) for normalised images (B, 3, H, W).
+    def features(self, x: Tensor, layer: int | str = -1) -> Tensor:
+        """A layer's output (B, C, h, w), in the trunk's dtype, for normalised images (B, 3, H, W).
 
         Pixels beyond the last whole 32 x 32 are not seen, as those beyond the last whole patch of a transformer.
-        Differentiable in x where gradients are enabled. Raises InputError as `grid_of` does.
+        Differentiable in x where gradients are enabled. Raises InputError as `grid_at` does.
         """
         h, w = self.grid_of(x)
         x = x[..., : 32 * h, : 32 * w].to(self.dtype)
@@ -168,30 +173,29 @@ class ResNetTower:
             x = block(x)
         return x
 
-    def finish(self, features: Tensor, layer: str = "layer4") -> Tensor:
+    def finish(self, features: Tensor, layer: int | str = -1) -> Tensor:
         """Unit embeddings (B, E) of a layer's output (B, C, h, w); differentiable where gradients are enabled."""
         for block in self.blocks[self._above(layer) :]:
-            features = block(features)
+            features = block(features.to(self.dtype))
         return F.normalize(self.pool(features), dim=-1)
 
     def encode(self, x: Tensor) -> Tensor:
         """Unit embeddings (B, E) of normalised images (B, 3, H, W)."""
         return self.finish(self.features(x))
 
-    def _stage(self, layer: str) -> int:
-        return _STAGES.index(self._known(layer).partition(".")[0])
-
-    def _above(self, layer: str) -> int:
-        """The first block above a layer."""
-        stage, _, block = self._known(layer).partition(".")
-        index = _STAGES.index(stage)
-        return sum(self.stages[:index]) + (int(block) + 1 if block else self.stages[index])
-
-    def _known(self, layer: str) -> str:
-        known = [*_STAGES, *(f"{name}.{i}" for name, n in zip(_STAGES, self.stages, strict=True) for i in range(n))]
-        if layer not in known:
-            raise InputError(f"this ResNet has no layer {layer!r}: {nearest(str(layer), known)}")
-        return layer
+    def _above(self, layer: int | str) -> int:
+        """The first block above a layer. Raises InputError for a layer that there is not."""
+        stages = list(zip(_STAGES, self.stages, strict=True))
+        names = [f"{stage}.{i}" for stage, blocks in stages for i in range(blocks)]
+        name = {stage: f"{stage}.{blocks - 1}" for stage, blocks in stages}.get(str(layer), layer)
+        if name in names:
+            return names.index(str(name)) + 1
+        if isinstance(layer, int) and -self.depth <= layer < self.depth:
+            return layer % self.depth + 1
+        raise InputError(
+            f"layer={layer!r} is none of this ResNet's: give the number of one of its {self.depth} blocks, or a name; "
+            f"{nearest(str(layer), [*_STAGES, *names])}"
+        )
 
 
 def resnet_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ResNetTower:
