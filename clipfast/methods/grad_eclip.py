@@ -13,7 +13,7 @@ needs the one-token tail above the last attention only. Two exact forms of the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,12 +23,16 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
+from clipfast.models.block import Block
 from clipfast.models.gradients import Gradients, site_gradients
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Site, TextTower, Tower
 from clipfast.ops.spatial_attribution import spatial_weight
 
 Form = Literal["auto", "reverse", "features"]
+
+Watch = Callable[[Tensor], None]
+"""Called with the queries (B, n, D) of each block, the lowest first, at the places that the maps have."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ class GradEclip(Method):
     heads: "model", or "single": the explained blocks run as one head of width D with scale D**-0.5, as the released
         code does; it explains a slightly different model.
     spatial: "raw" (cosine of q and k; the paper, the notebooks), "projected" (both through the output projection and
-        its bias; the released scripts) or "none" (no spatial weight).
+        its bias; the released scripts), "none" (no spatial weight) or "combined": the mean of cos(q, k_i) and of
+        mean_j cos(q_j, k_i) over the queries of the places that have maps, which is MMEL's base.
     layers: how many of the last blocks to explain; on the text side None takes the last 8 as the authors do.
     reduce: "relu_then_sum" (the authors' images) or "sum_then_relu" (their texts) over layers; None takes theirs.
     lambda_over: text side: "words" or "all" positions, padding included, take part in the min-max (theirs: all).
@@ -122,7 +127,7 @@ class GradEclip(Method):
     """
 
     heads: Literal["model", "single"] = "model"
-    spatial: Literal["raw", "projected", "none"] = "raw"
+    spatial: Literal["raw", "projected", "none", "combined"] = "raw"
     layers: int | None = None
     reduce: Literal["relu_then_sum", "sum_then_relu"] | None = None
     lambda_over: Literal["words", "all"] = "words"
@@ -142,23 +147,21 @@ class GradEclip(Method):
 
     def __post_init__(self) -> None:
         choice(self, "heads", "model", "single")
-        choice(self, "spatial", "raw", "projected", "none")
+        choice(self, "spatial", "raw", "projected", "none", "combined")
         choice(self, "reduce", "relu_then_sum", "sum_then_relu", None)
         choice(self, "lambda_over", "words", "all")
         if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
             raise InputError(f"layers={self.layers!r} must be a whole number of blocks, at least 1.")
 
     @torch.no_grad()
-    def image(self, tower: ImageTower, x: Tensor) -> SiteExplained:
+    def image(self, tower: ImageTower, x: Tensor, *, watch: Watch | None = None) -> SiteExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
         h = tower.embed(x)
-        layers = self._depth(tower, 1)
-        h = tower.run(h, stop=tower.depth - layers)
-        prefix = tower.prefix.shape[0]
-        return self._explain(tower, h, tower.pooled(h), layers, slice(prefix, None), None, "relu_then_sum")
+        keep = slice(tower.prefix.shape[0], None)
+        return self._explain(tower, h, tower.pooled(h), self._depth(tower, 1), keep, None, "relu_then_sum", watch)
 
     @torch.no_grad()
-    def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> SiteExplained:
+    def text(self, tower: TextTower, ids: Tensor, words: Tensor, *, watch: Watch | None = None) -> SiteExplained:
         """Prepare token ids (B, T); positions outside `words` (B, T) get weight zero.
 
         n is T, or less where padding at the end can have no influence.
@@ -170,8 +173,8 @@ class GradEclip(Method):
         layers = self._depth(tower, min(8, tower.depth))
         mask = tower.mask(ids.shape[1])
         visible = tower.visible(pooled, ids.shape[1])
-        h = tower.run(tower.embed(ids), stop=tower.depth - layers, mask=mask)
-        return self._explain(tower, h, pooled, layers, slice(None), words, "sum_then_relu", mask, visible)
+        h = tower.embed(ids)
+        return self._explain(tower, h, pooled, layers, slice(None), words, "sum_then_relu", watch, mask, visible)
 
     def _depth(self, tower: Tower, default: int) -> int:
         layers = default if self.layers is None else self.layers
@@ -188,37 +191,68 @@ class GradEclip(Method):
         keep: slice,
         where: Tensor | None,
         reduce: str,
+        watch: Watch | None,
         mask: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> SiteExplained:
         heads = 1 if self.heads == "single" else None
         first = tower.depth - layers
+        last = tower.blocks[-1]
+        if watch is None:
+            h = tower.run(h, stop=first, mask=mask)
+        else:
+            for layer, h in tower.layers(h, stop=first, mask=mask):
+                watch(layer.q[:, keep])
         bottom = h
-        sites = []
-        for index in range(first, tower.depth):
-            sites.append(tower.site(h, pooled, index=index, heads=heads, visible=visible))
-            if index + 1 < tower.depth:
-                h = tower.blocks[index](h, heads=heads, mask=mask)
+        sites, weights = [], []
+        for layer, h in tower.layers(h, first, tower.depth - 1, heads=heads, mask=mask):
+            queries = layer.q[:, keep]
+            if watch is not None:
+                watch(queries)
+            sites.append(tower.site_of(layer, pooled, visible=visible))
+            weights.append(self._weight(layer.block, sites[-1], queries, keep, where))
+        # The last block runs for the pooled token alone, so its other queries are made only where they are needed.
+        sites.append(tower.site(h, pooled, heads=heads, visible=visible))
+        all_queries = None
+        if watch is not None or self.spatial == "combined":
+            all_queries = last.query(last.norm1(h)[:, keep])
+            if watch is not None:
+                watch(all_queries)
         del h
-        weights, values = [], []
-        for index, site in enumerate(sites, start=first):
-            weights.append(self._weight(tower, index, site, keep, where))
-            values.append(site.v[:, keep])
+        weights.append(self._weight(last, sites[-1], all_queries, keep, where))
         tail = tower.tail.linearize(sites[-1].residual, sites[-1].o)
         gradients = site_gradients(tower, sites, tail, bottom, pooled, heads)
         relu: Relu = "each" if (self.reduce or reduce) == "relu_then_sum" else "sum"
         return SiteExplained(
-            tail.z, weights, values, gradients, tail if layers == 1 else None, "none" if self.signed else relu
+            tail.z,
+            weights,
+            [site.v[:, keep] for site in sites],
+            gradients,
+            tail if layers == 1 else None,
+            "none" if self.signed else relu,
         )
 
-    def _weight(self, tower: Tower, index: int, site: Site, keep: slice, where: Tensor | None) -> Tensor:
+    def _weight(self, block: Block, site: Site, queries: Tensor | None, keep: slice, where: Tensor | None) -> Tensor:
+        """lambda (B, n) of one layer; queries (B, n, D) of the kept places are read for "combined" alone."""
         q, k = site.q, site.k[:, keep]
         if self.spatial == "none":
             return k.new_ones(k.shape[:2]) if where is None else where.to(k.dtype)
+        taking_part = None if self.lambda_over == "all" else where
         if self.spatial == "projected":
-            block = tower.blocks[index].to(q.dtype)
+            block = block.to(q.dtype)
             q, k = (F.linear(t, block.out_weight, block.out_bias) for t in (q, k))
-        if where is None or self.lambda_over == "all":
-            weight = spatial_weight(q, k)
-            return weight if where is None else weight * where
-        return spatial_weight(q, k, where)
+        if self.spatial == "combined":
+            assert queries is not None
+            q = _combined(q, queries, taking_part)
+        weight = spatial_weight(q, k, taking_part)
+        return weight if where is None else weight * where
+
+
+def _combined(q: Tensor, queries: Tensor, where: Tensor | None) -> Tensor:
+    """The direction (B, D) whose cosine with a key is, but for a factor that min-max removes, that of the pooled query
+    q (B, D) plus the mean of those of `queries` (B, n, D): no query meets every key, and no prompt takes part."""
+    directions = F.normalize(queries.to(q.dtype), dim=-1)
+    if where is None:
+        return F.normalize(q, dim=-1) + directions.mean(1)
+    shares = where.to(q.dtype) / where.sum(1, keepdim=True).clamp(min=1)
+    return F.normalize(q, dim=-1) + (shares[:, None] @ directions)[:, 0]
