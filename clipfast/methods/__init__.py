@@ -9,9 +9,12 @@ from clipfast.methods.base import Method
 from clipfast.methods.clip_surgery import ClipSurgery
 from clipfast.methods.gem import Gem
 from clipfast.methods.grad_eclip import GradEclip
+from clipfast.methods.kernel_shap import KernelShap
+from clipfast.methods.leave_one_out import LeaveOneOut
 from clipfast.methods.library_cam import GradCamPlusPlus, LayerCam, XGradCam
 from clipfast.methods.m2ib import M2IB
 from clipfast.methods.mask_clip import MaskClip
+from clipfast.methods.rise import Rise
 from clipfast.methods.tclip import Tclip
 
 METHODS: dict[str, type[Method]] = {
@@ -21,6 +24,9 @@ METHODS: dict[str, type[Method]] = {
     "clip_surgery": ClipSurgery,
     "gem": Gem,
     "m2ib": M2IB,
+    "rise": Rise,
+    "kernel_shap": KernelShap,
+    "leave_one_out": LeaveOneOut,
     "grad_cam++": GradCamPlusPlus,
     "xgrad_cam": XGradCam,
     "layer_cam": LayerCam,
