@@ -22,8 +22,9 @@ from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Relu
 from clipfast.models.load import load
 from clipfast.models.model import AnyImageTower, Model, Precision
-from clipfast.models.tower import TextTower
+from clipfast.models.tokens import TokenStates
 from clipfast.results import Attribution, Features, Words
+from clipfast.sheet import Asked, Sheet
 
 Texts = str | Sequence[str] | Tensor
 
@@ -41,13 +42,14 @@ def explain(
     precision: Precision = None,
     resize: str | None = None,
     on_error: Literal["raise", "skip"] = "raise",
+    words: bool = False,
     **parameters: Any,
 ) -> Attribution:
     """The maps of B images for P texts, all pairs: `Explainer(model, method, ...)(images, texts)` in one call."""
     if isinstance(model, str):
         model = _loaded(model)
     explainer = Explainer(model, method, precision=precision, resize=resize, **parameters)
-    return explainer(images, texts, pairs=pairs, on_error=on_error)
+    return explainer(images, texts, pairs=pairs, words=words, on_error=on_error)
 
 
 class Explainer:
@@ -78,7 +80,8 @@ class Explainer:
         self.precision = precision
         self.spec = self.model.spec if resize is None else replace(self.model.spec, resize=resize)
         self._run = build_method(method, parameters)
-        self._cached: tuple[Any, tuple[str, ...], Tensor] | None = None
+        self._cached: tuple[Any, tuple[str, ...], Tensor, TokenStates | None] | None = None
+        self._cached_companions: tuple[Any, tuple[str, ...], Tensor] | None = None
         self.model.towers(precision)
 
     # Several layers need autograd, which refuses tensors made under a caller's inference_mode.
@@ -90,6 +93,7 @@ class Explainer:
         texts: Texts,
         *,
         pairs: bool = False,
+        words: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         progress: Callable[[int], None] | None = None,
     ) -> Attribution:
@@ -98,6 +102,7 @@ class Explainer:
         images: paths, folders, patterns, PIL images, uint8 arrays (H, W, 3), uint8 tensors (3, H, W), normalised float
             tensors (3, H, W), a batch (B, 3, H, W), or a list of any of them.
         texts: strings, or embeddings (P, E), which are normalised here.
+        words: map every word of every text, too, in the same pass: `Attribution.word_maps`; see `word_maps`.
         on_error: "raise" for the first image that cannot be read, or "skip" it (see `Attribution.errors`).
         progress: called with the number of images finished since the last call.
 
@@ -106,53 +111,52 @@ class Explainer:
         started = time.perf_counter()
         self._explains("image")
         found = sources(images)
-        tower, text_tower = self.model.towers(self.precision)
-        names, embeddings = self._texts(texts, tower, text_tower)
-        if pairs and len(embeddings) != len(found):
+        asked = self._asked(texts, words=words)
+        if pairs and words:
+            raise InputError("words=True maps the words of every text on every image: leave pairs out.")
+        if pairs and len(asked.embeddings) != len(found):
             raise InputError(
-                f"pairs=True needs one text an image: there are {len(found)} images and {len(embeddings)} texts."
+                f"pairs=True needs one text an image: there are {len(found)} images and {len(asked.embeddings)} texts."
             )
-        prompts = 1 if pairs else len(embeddings)
-        maps, whole = self._allocate(found, prompts, tower)
-        scores = torch.full((len(found), prompts), torch.nan, dtype=tower.result_dtype, device=tower.device)
-        geometries: list[Geometry | None] = [None] * len(found)
-        errors: dict[int, ImageError] = {}
-        extras: dict[str, Tensor] = {}
-        for indices, x, batch in self._batches(found, tower, errors, on_error, progress):
-            explained = self._run.image(tower, x)
-            wanted = embeddings[indices][:, None] if pairs else embeddings
-            scores[indices] = (explained.z[:, None] @ wanted.mT)[:, 0]
-            first, last = indices[0], indices[-1] + 1
-            grid = self._run.grid(tower, (x.shape[2], x.shape[3]))
-            if whole is not None and last - first == len(indices):
-                explained.maps(wanted, out=whole[first:last].flatten(-2))
-            else:
-                for i, m in zip(indices, explained.maps(wanted).unflatten(-1, grid), strict=True):
-                    if whole is None:
-                        maps[i] = m
-                    else:
-                        whole[i] = m
-            for name, values in explained.extras().items():
-                extras.setdefault(name, torch.full_like(scores, torch.nan))[indices] = values.to(scores.dtype)
-            for i, item in zip(indices, batch, strict=True):
-                geometries[i] = item.geometry
-        for i in errors:
-            if whole is not None:
-                whole[i] = torch.nan
-        self._check_finite(scores, errors)
-        return Attribution(
-            maps=_joined(maps) if whole is None else whole,
-            scores=scores,
-            texts=names,
-            sources=[_kept(source) for source in found],
-            geometries=geometries,
-            method=self.method,
-            model=self.model.name,
-            seconds=time.perf_counter() - started,
-            pairs=pairs,
-            errors=errors,
-            extras=extras,
-        )
+        if pairs:
+            asked = replace(asked, pairs=True)
+        asked = replace(asked, companions=self._companions(asked.prompts))
+        if not words:
+            return self._attributions(found, [asked], started, on_error, progress)[0]
+        by_word = self._by_word(asked, [])
+        if not self._run.reads_words:
+            asked = replace(asked, states=None)
+        out, *out.word_maps = self._attributions(found, [asked, *by_word], started, on_error, progress)
+        return out
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def word_maps(
+        self,
+        images: Any,
+        text: str | Sequence[str],
+        phrases: str | Sequence[str] = (),
+        *,
+        on_error: Literal["raise", "skip"] = "raise",
+        progress: Callable[[int], None] | None = None,
+    ) -> Any:
+        """A map for each word of a text: an `Attribution` whose prompts are the words; a list for a list of texts.
+
+        Its scores are the cosines of the images with the words' states: those of the text tower's tokens, each in the
+        context of its sentence, the mean of a word's pieces. Its `sentence` is the text.
+
+        phrases: runs of words to be mapped as one, behind the words, as the mean of their words' maps (before a
+            threshold). Each must occur in one of the texts, and belongs to all in which it does, first occurrence.
+
+        Raises as calling does; InputError for a method that maps no words, TextError for a phrase that does not occur.
+        """
+        started = time.perf_counter()
+        self._explains("image")
+        found = sources(images)
+        asked = self._asked(text, words=True)
+        by_word = self._by_word(asked, [phrases] if isinstance(phrases, str) else list(phrases))
+        out = self._attributions(found, by_word, started, on_error, progress)
+        return out[0] if isinstance(text, str) else out
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -177,7 +181,7 @@ class Explainer:
             explained = self._run.image(tower, x)
             values, weights = explained.prompt_free()
             relu = explained.relu
-            grids.add(tower.grid_of(x))
+            grids.add(self._run.grid(tower, (x.shape[2], x.shape[3])))
             if len(grids) > 1:
                 raise InputError(
                     "features need one patch grid: these images come to several; choose resize='crop' or 'squash'."
@@ -202,7 +206,7 @@ class Explainer:
             geometries=geometries,
             method=self.method,
             model=self.model.name,
-            encode=lambda texts: self._texts(texts, *self.model.towers(self.precision))[1],
+            encode=lambda texts: self._asked(texts).embeddings,
         )
 
     @torch.inference_mode(False)
@@ -239,12 +243,9 @@ class Explainer:
 
     def _words(self, embedding: Tensor, texts: list[str]) -> list[Words]:
         _, tower = self.model.towers(self.precision)
-        ids = self.model.tokenize(texts)
-        spans = [self.model.words(row, pooled) for row, pooled in zip(ids, tower.pooled(ids).tolist(), strict=True)]
+        ids, spans = self.model.tokenize_words(texts)
         inside = torch.zeros_like(ids)
-        for text, row, words in zip(texts, inside, spans, strict=True):
-            if not words:
-                raise TextError(f"{text!r} has no words to explain.")
+        for row, words in zip(inside, spans, strict=True):
             for number, (_, positions) in enumerate(words, start=1):
                 row[positions] = number
         explained = self._run.text(tower, ids, inside)
@@ -267,38 +268,128 @@ class Explainer:
     def _embedding(self, image: Any) -> Tensor:
         tower, _ = self.model.towers(self.precision)
         if isinstance(image, Tensor) and image.ndim == 1:
-            return self._texts(image[None], *self.model.towers(self.precision))[1][0]
+            return self._embeddings(image[None])[0]
         found = sources(image)
         if len(found) != 1:
             raise InputError(f"words() explains texts with one image at a time, not {len(found)}.")
         (_, x, _), *_ = self._batches(found, tower, {}, "raise", None)
         return tower.encode(x)[0]
 
-    def _texts(self, texts: Texts, image: AnyImageTower, text: TextTower) -> tuple[list[str] | None, Tensor]:
-        """(the strings or None, unit embeddings (P, E)); the last strings' embeddings are kept."""
+    def _asked(self, texts: Texts, *, words: bool = False) -> Asked:
+        """The prompts of a call; with the states of their words if `words`, or if the method reads those."""
+        _, text = self.model.towers(self.precision)
+        if words and not self._run.maps_words:
+            having = ", ".join(name for name, method in METHODS.items() if method.maps_words)
+            raise InputError(f"{self.method} has no map for a single word; these methods do: {having}.")
+        words = words or self._run.reads_words
         if isinstance(texts, Tensor):
-            if texts.ndim != 2 or texts.shape[1] != image.embed_dim or not texts.is_floating_point():
+            if words:
                 raise TextError(
-                    f"text embeddings must be floats of shape (P, {image.embed_dim}), "
-                    f"not {texts.dtype} {tuple(texts.shape)}."
+                    f"{self.method} is to read the words of the texts: pass them as strings in place of embeddings."
                 )
-            if len(texts) == 0:
-                raise TextError("there is no text: pass at least one.")
-            embeddings = texts.detach().to(image.device, image.result_dtype)
-            norms = embeddings.norm(dim=-1)
-            if not bool((norms.isfinite() & (norms > 0)).all()):
-                raise TextError("text embeddings must be finite and not zero.")
-            # Unit already, as most come: a copy of 10,000 would take more memory than the tower does.
-            unit = bool((norms - 1).abs().max() <= 4 * torch.finfo(norms.dtype).eps)
-            return None, embeddings if unit else F.normalize(embeddings, dim=-1)
+            return Asked(self._embeddings(texts))
         names = [texts] if isinstance(texts, str) else list(texts)
         if not names:
             raise TextError("there is no text: pass at least one.")
         # Read once: another thread may put its own texts there meanwhile.
         cached = self._cached
-        if cached is None or cached[0] is not text or cached[1] != tuple(names):
-            self._cached = cached = (text, tuple(names), self.model.encode_texts(names, self.precision))
-        return names, cached[2]
+        if cached is None or cached[0] is not text or cached[1] != tuple(names) or (words and cached[3] is None):
+            states = self.model.token_states(names, self.precision) if words else None
+            embeddings = self.model.encode_texts(names, self.precision) if states is None else states.texts
+            self._cached = cached = (text, tuple(names), embeddings, states)
+        return Asked(cached[2], names, cached[3] if words else None)
+
+    def _embeddings(self, given: Tensor) -> Tensor:
+        """A user's embeddings (P, E), of either side, made unit."""
+        tower, _ = self.model.towers(self.precision)
+        if given.ndim != 2 or given.shape[1] != tower.embed_dim or not given.is_floating_point():
+            raise TextError(
+                f"text embeddings must be floats of shape (P, {tower.embed_dim}), "
+                f"not {given.dtype} {tuple(given.shape)}."
+            )
+        if len(given) == 0:
+            raise TextError("there is no text: pass at least one.")
+        embeddings = given.detach().to(tower.device, tower.result_dtype)
+        norms = embeddings.norm(dim=-1)
+        if not bool((norms.isfinite() & (norms > 0)).all()):
+            raise TextError("text embeddings must be finite and not zero.")
+        # Unit already, as most come: a copy of 10,000 would take more memory than the tower does.
+        unit = bool((norms - 1).abs().max() <= 4 * torch.finfo(norms.dtype).eps)
+        return embeddings if unit else F.normalize(embeddings, dim=-1)
+
+    def _companions(self, prompts: int) -> Tensor | None:
+        """Embeddings (C, E) of the texts that the method needs beside `prompts` others; encoded once."""
+        texts = self._run.companions(prompts)
+        if not texts:
+            return None
+        if self.model.tokenizer is None:
+            raise TextError(
+                f"{self.method} compares so few texts with {' and '.join(map(repr, texts))}, which needs a tokenizer: "
+                "pass tokenizer= to clipfast.load."
+            )
+        _, tower = self.model.towers(self.precision)
+        cached = self._cached_companions
+        if cached is None or cached[0] is not tower or cached[1] != texts:
+            embeddings = self.model.encode_texts(texts, self.precision, empty=True)
+            self._cached_companions = cached = (tower, texts, embeddings)
+        return cached[2]
+
+    def _by_word(self, asked: Asked, phrases: list[str]) -> list[Asked]:
+        """For each text its words, and those phrases that occur in it, as prompts."""
+        states, sentences = asked.states, asked.names
+        assert states is not None and sentences is not None
+        runs = [[word for word, _ in words] for words in self.model.tokenize_words(phrases)[1]] if phrases else []
+        found = []
+        for i, words in enumerate(states.by_text):
+            occurring = {phrase: states.phrase(i, run) for phrase, run in zip(phrases, runs, strict=True)}
+            prompts = {phrase: state for phrase, state in occurring.items() if state is not None}
+            directions = torch.cat((words, *(state[None] for state in prompts.values())))
+            found.append(Asked(directions, [*states.names[i], *prompts], sentence=sentences[i]))
+        for phrase in phrases:
+            if not any(one.names and phrase in one.names[len(w) :] for one, w in zip(found, states.names, strict=True)):
+                raise TextError(f"{phrase!r} is no run of words of {' or '.join(map(repr, sentences))}.")
+        return found
+
+    def _attributions(
+        self,
+        found: list[Any],
+        asked: list[Asked],
+        started: float,
+        on_error: str,
+        progress: Callable[[int], None] | None,
+    ) -> list[Attribution]:
+        """One pass over the images for all that is asked of them."""
+        tower, _ = self.model.towers(self.precision)
+        grid = self._one_grid(found, tower, sum(one.prompts for one in asked))
+        sheets = [Sheet.blank(one, len(found), grid, tower.result_dtype, tower.device) for one in asked]
+        geometries: list[Geometry | None] = [None] * len(found)
+        errors: dict[int, ImageError] = {}
+        for indices, x, batch in self._batches(found, tower, errors, on_error, progress):
+            explained = self._run.image(tower, x)
+            for sheet in sheets:
+                sheet.fill(indices, explained, self._run.grid(tower, (x.shape[2], x.shape[3])))
+            for i, item in zip(indices, batch, strict=True):
+                geometries[i] = item.geometry
+        for sheet in sheets:
+            sheet.blot(list(errors))
+        self._check_finite(sheets[0].scores, errors)
+        return [
+            Attribution(
+                maps=sheet.maps(),
+                scores=sheet.scores,
+                texts=sheet.asked.names,
+                sources=[_kept(source) for source in found],
+                geometries=geometries,
+                method=self.method,
+                model=self.model.name,
+                seconds=time.perf_counter() - started,
+                pairs=sheet.asked.pairs,
+                errors=errors,
+                extras=sheet.extras,
+                sentence=sheet.asked.sentence,
+            )
+            for sheet in sheets
+        ]
 
     def _batches(
         self,
@@ -347,25 +438,21 @@ class Explainer:
         patches = height // tower.patch_size[0] * (width // tower.patch_size[1])
         return tower.rows_at_once(patches, gradients=self._run.keeps_activations)
 
-    def _allocate(self, found: list[Any], prompts: int, tower: AnyImageTower) -> tuple[list[Any], Tensor | None]:
-        """Room for the maps: one tensor where every image's patch grid is known to be the same, else a list to fill."""
+    def _one_grid(self, found: list[Any], tower: AnyImageTower, prompts: int) -> tuple[int, int] | None:
+        """The grid of all images' maps where it is known beforehand to be one. Raises InputError for too many maps."""
         shapes: set[tuple[int, int]] = {
             (s.shape[-2], s.shape[-1]) if isinstance(s, Tensor) and s.is_floating_point() else self.spec.size
             for s in found
         }
         known = self.spec.resize != "keep" or all(isinstance(s, Tensor) and s.is_floating_point() for s in found)
-        dtype = tower.result_dtype
         grid = self._run.grid(tower, max(shapes, key=lambda s: s[0] * s[1]))
-        needed = len(found) * prompts * grid[0] * grid[1] * dtype.itemsize
+        needed = len(found) * prompts * grid[0] * grid[1] * tower.result_dtype.itemsize
         if needed > _memory(tower.device):
             raise InputError(
                 f"{len(found)} x {prompts} maps need {needed / 1e9:.1f} GB: explain fewer at a time, or keep "
                 "features(images), which give the map of any text later."
             )
-        if not known or len(shapes) > 1 or 0 in grid:
-            return [torch.full((prompts, 1, 1), torch.nan, dtype=dtype, device=tower.device) for _ in found], None
-        # Not filled: touching every page once more would cost as much as the maps of many prompts.
-        return [], torch.empty(len(found), prompts, *grid, dtype=dtype, device=tower.device)
+        return grid if known and len(shapes) == 1 and 0 not in grid else None
 
     def _check_finite(self, numbers: Tensor, errors: dict[int, ImageError]) -> None:
         good = [i for i in range(len(numbers)) if i not in errors]
@@ -394,10 +481,6 @@ def _together(rows: list[Tensor]) -> Tensor:
     ):
         return first.as_strided((len(rows), *first.shape), (step, *first.stride()), origin)
     return torch.stack(rows)
-
-
-def _joined(maps: list[Tensor]) -> Tensor | list[Tensor]:
-    return torch.stack(maps) if len({m.shape for m in maps}) == 1 else maps
 
 
 def _kept(source: Any) -> Any:

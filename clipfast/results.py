@@ -62,6 +62,9 @@ class Attribution:
         difference of the scores at its ends.
     errors: images that could not be read, by index; their maps and scores are NaN.
     seconds: time from images to maps, decoding included.
+    words: by image, what each text's words do for its score (see `Explainer.words`), where it was asked for.
+    word_maps: one Attribution a text, whose prompts are that text's words; empty where it was not asked for. sentence:
+        in one of those, the text.
     """
 
     maps: Tensor | list[Tensor]
@@ -76,6 +79,8 @@ class Attribution:
     errors: dict[int, ImageError] = field(default_factory=dict)
     words: dict[int, list[Words]] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
+    word_maps: list[Attribution] = field(default_factory=list)
+    sentence: str | None = None
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -88,9 +88,9 @@ class PatchStates(Explained):
     def _aggregate(self, patches: Tensor, texts: TokenStates, out: Tensor) -> None:
         if self.aggregate == "words":
             # A mean of maps before the threshold is the map of the mean.
-            self._map(patches, texts.means(), out)
+            self._map(patches, texts.means, out)
             return
-        for p, words in enumerate(texts.split()):
+        for p, words in enumerate(texts.by_text):
             scores = self._similarity(patches, words)
             scores *= torch.linalg.vector_norm(words, dim=-1)[:, None]
             out[:, p] = gmm_threshold(scores.amax(1), self.threshold)

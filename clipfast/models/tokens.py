@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,24 +26,26 @@ class TokenStates:
     def __len__(self) -> int:
         return len(self.names)
 
-    def split(self) -> tuple[Tensor, ...]:
+    @cached_property
+    def by_text(self) -> tuple[Tensor, ...]:
         """The states of each text's words, P tensors (W_p, E)."""
         return self.words.split([len(names) for names in self.names])
 
+    @cached_property
     def means(self) -> Tensor:
         """For each text the mean of its words' states: (P, E)."""
-        return torch.stack([words.mean(0) for words in self.split()])
+        return torch.stack([words.mean(0) for words in self.by_text])
 
     def select(self, index: int) -> TokenStates:
         """One text alone."""
-        return TokenStates(self.texts[index : index + 1], [self.names[index]], self.split()[index])
+        return TokenStates(self.texts[index : index + 1], [self.names[index]], self.by_text[index])
 
     def phrase(self, index: int, words: Sequence[str]) -> Tensor | None:
         """The mean state (E,) of the first run of these words in text `index`; None where they do not follow so."""
         names, wanted = [[w.lower() for w in run] for run in (self.names[index], words)]
         for start in range(len(names) - len(wanted) + 1):
             if names[start : start + len(wanted)] == wanted:
-                return self.split()[index][start : start + len(wanted)].mean(0)
+                return self.by_text[index][start : start + len(wanted)].mean(0)
         return None
 
 
