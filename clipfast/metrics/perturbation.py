@@ -1,0 +1,324 @@
+"""Deletion and insertion curves, and the confidence that masking costs: how faithful maps are to the model.
+
+    deletion    the pixels that a map ranks first disappear step by step; a faithful map's score falls fast
+    insertion   they appear step by step on a bare image; a faithful map's score rises fast
+    AUC         trapezoids over the share of pixels; for equal steps (sum - first / 2 - last / 2) / (points - 1)
+
+Petsiuk et al., RISE, BMVC 2018 (`deletion/rise`, `insertion/rise`); Wang et al., M2IB, NeurIPS 2023 and Chattopadhay et
+al., Grad-CAM++, WACV 2018 (`confidence/m2ib`, `confidence/gradcam++`).
+
+Images x prompts x steps go through the model in batches of one fixed size, whatever the number of steps. A curve's two
+ends do not depend on the map: they are encoded once an image, and the clean one once for both curves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.errors import InputError
+from clipfast.metrics.base import Columns, Protocol
+from clipfast.ops.mask_sequence import Noise, mask_sequence, rank_map
+from clipfast.ops.minmax import minmax
+
+Mode = Literal["deletion", "insertion"]
+Encode = Callable[[Tensor], Tensor]
+"""Inputs (n, C, H, W) -> whatever scores are made of, (n, E): unit embeddings, or logits."""
+Score = Callable[[Tensor, Tensor], Tensor]
+"""(encoded (n, E), which of the B * P pairs each belongs to (n,)) -> scores (n,) or, of several kinds, (n, K)."""
+
+
+@dataclass
+class Clock:
+    """Seconds inside the model and in all."""
+
+    forwards: float = 0.0
+    total: float = 0.0
+
+    @property
+    def beside(self) -> float:
+        """The share of time that was not the model's."""
+        return 1 - self.forwards / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Scores of pairs whose prompts are classes: softmax over K classes of scaled cosines with an image.
+
+    embeddings (K, E): unit text embeddings of the classes. scale: the model's logit scale. target (B * P,): the class
+    whose score is followed.
+    """
+
+    embeddings: Tensor
+    scale: float
+    target: Tensor
+
+    def probability(self, z: Tensor, pair: Tensor) -> Tensor:
+        """Softmax probability of each pair's class: (n,)."""
+        p = (self.scale * z @ self.embeddings.T).softmax(-1)
+        return p.gather(1, self.target[pair, None])[:, 0]
+
+    def hit(self, z: Tensor, pair: Tensor) -> Tensor:
+        """Whether each pair's class is the best, and among the best five: (n, 2)."""
+        top = (z @ self.embeddings.T).topk(min(5, len(self.embeddings)), dim=-1).indices
+        hit = top == self.target[pair, None]
+        return torch.stack((hit[:, 0], hit.any(-1)), dim=-1).to(z.dtype)
+
+
+def cosine(texts: Tensor) -> Score:
+    """Cosines with unit text embeddings (P, E) shared by all images, or (B, P, E): each pair's own."""
+
+    def score(z: Tensor, pair: Tensor) -> Tensor:
+        own = texts[pair % len(texts)] if texts.ndim == 2 else texts.flatten(0, 1)[pair]
+        return (z * own).sum(-1)
+
+    return score
+
+
+def area(curve: Tensor, fractions: Sequence[float]) -> Tensor:
+    """The area under curves (..., points) at these shares of the pixels, by trapezoids: (...)."""
+    return torch.trapezoid(curve, torch.tensor(fractions, dtype=curve.dtype, device=curve.device))
+
+
+def blur(images: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
+    """RISE's blurred image, (B, C, H, W), zeros outside.
+
+    The kernel is that of the published code: a Gaussian of `sigma` reflected at the ends of `size` taps, not cut off.
+    """
+    reach = int(4 * sigma + 0.5)
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / sigma).square())
+    taps = torch.zeros(size, dtype=torch.float64)
+    for offset, weight in zip(range(-reach, reach + 1), (weights / weights.sum()).tolist(), strict=True):
+        folded = (size // 2 + offset) % (2 * size)
+        taps[min(folded, 2 * size - 1 - folded)] += weight
+    taps = taps.to(images.device, images.dtype)
+    channels = images.shape[1]
+    across = F.conv2d(images, taps.expand(channels, 1, 1, size), padding=(0, size // 2), groups=channels)
+    return F.conv2d(across, taps[:, None].expand(channels, 1, size, 1), padding=(size // 2, 0), groups=channels)
+
+
+def curves(
+    encode: Encode,
+    score: Score,
+    images: Tensor,
+    maps: Tensor,
+    plan: Mapping[Mode, tuple[Sequence[float], float | Tensor | Noise]],
+    *,
+    batch: int = 32,
+    clock: Clock | None = None,
+) -> dict[Mode, Tensor]:
+    """The scores along deletion and insertion, (B, P, points) or (B, P, points, K) each.
+
+    images (B, C, H, W), normalised. maps (B, P, h, w), any grid: bilinear to the image where it is not the image's.
+    plan: for each curve the fractions of pixels at its points, in [0, 1], and what `mask_sequence` fills with.
+    batch: how many masked images go through the model at once.
+
+    Raises InputError for maps that do not belong to the images or hold NaN.
+    """
+    if images.ndim != 4 or maps.ndim != 4 or len(images) != len(maps):
+        raise InputError(
+            f"images and maps must be (B, C, H, W) and (B, P, h, w), not {tuple(images.shape)} and {tuple(maps.shape)}."
+        )
+    clock = clock or Clock()
+    started = time.perf_counter()
+    b, p = maps.shape[:2]
+    ranks = rank_map(on_pixels(maps, (images.shape[2], images.shape[3])))
+    pairs = torch.arange(b * p, device=images.device)
+
+    def encoded(x: Tensor) -> Tensor:
+        begun = _now(x)
+        z = encode(x)
+        clock.forwards += _now(x) - begun
+        return z
+
+    def at_end(x: Tensor) -> Tensor:
+        """An image that is the same for all of its prompts: encoded once, scored for each. (B, P) or (B, P, K)."""
+        z = torch.cat([encoded(part) for part in x.split(batch)])
+        return score(z.repeat_interleave(p, 0), pairs).unflatten(0, (b, p))
+
+    clean: Tensor | None = None
+    found: dict[Mode, Tensor] = {}
+    room = images.new_empty(batch, *images.shape[1:])
+    for mode, (fractions, fill) in plan.items():
+        whole = 0.0 if mode == "deletion" else 1.0
+        inner = [f for f in fractions if 0 < f < 1]
+        points: dict[float, Tensor] = {}
+        if whole in fractions:
+            clean = at_end(images) if clean is None else clean
+            points[whole] = clean
+        if 1 - whole in fractions:
+            bare = mask_sequence(images, ranks[:, :1], [1 - whole], mode, fill)
+            points[1 - whole] = at_end(bare)
+        scores = []
+        total = b * p * len(inner)
+        for start in range(0, total, batch):
+            stop = min(start + batch, total)
+            x = mask_sequence(images, ranks, inner, mode, fill, window=(start, stop), out=room[: stop - start])
+            scores.append(score(encoded(x), torch.arange(start, stop, device=x.device) // len(inner)))
+        if inner:
+            between = torch.cat(scores).unflatten(0, (b, p, len(inner)))
+            points |= {f: between[:, :, i] for i, f in enumerate(inner)}
+        found[mode] = torch.stack([points[f] for f in fractions], dim=2)
+    clock.total += time.perf_counter() - started
+    return found
+
+
+def on_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, P, h, w) bilinear on (H, W), patch centres to patch centres; as they are where they have that size."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    wide = maps if maps.dtype == torch.float64 else maps.float()
+    return F.interpolate(wide, size=size, mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class _Curves(Protocol):
+    """Deletion and insertion together, since they share the clean image: columns for the points and areas of both."""
+
+    figures: ClassVar[Mapping[str, str]] = {"deletion": "lower", "insertion": "higher"}
+
+    def columns(self, found: Mapping[Mode, Tensor]) -> Columns:
+        """One row a pair, image by image: each curve's area under its own name, its points as "deletion 0.250"."""
+        columns: Columns = {}
+        for mode, curve in found.items():
+            rows = curve.flatten(0, 1).double().cpu()
+            columns[mode] = area(rows, self.fractions())
+            for at, point in zip(self.fractions(), rows.unbind(1), strict=True):
+                columns[f"{mode} {at:.3f}"] = point
+        return columns
+
+    def fractions(self) -> Sequence[float]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CurvesRise(_Curves):
+    """`deletion/rise` and `insertion/rise`: deletion to zeros, insertion from a blurred image, the score a probability.
+
+    steps: of equal numbers of pixels; RISE's 224 pixels a step of a 224 x 224 image are 224 steps, its notebook's 28.
+    size, sigma: of the blur.
+    """
+
+    steps: int = 224
+    size: int = 11
+    sigma: float = 5.0
+
+    name: ClassVar[str] = "deletion+insertion/rise"
+    source: ClassVar[str] = "Petsiuk et al., RISE, BMVC 2018"
+
+    def fractions(self) -> Sequence[float]:
+        return [i / self.steps for i in range(self.steps + 1)]
+
+    def measure(
+        self,
+        encode: Encode,
+        classes: Classes,
+        images: Tensor,
+        maps: Tensor,
+        *,
+        batch: int = 32,
+        clock: Clock | None = None,
+    ) -> Columns:
+        """Columns of B * P pairs; arguments as for `curves`."""
+        plan: dict[Mode, tuple[Sequence[float], float | Tensor]] = {
+            "deletion": (self.fractions(), 0.0),
+            "insertion": (self.fractions(), blur(images, self.size, self.sigma)),
+        }
+        return self.columns(curves(encode, classes.probability, images, maps, plan, batch=batch, clock=clock))
+
+
+@dataclass(frozen=True)
+class CurvesCosine(_Curves):
+    """`deletion/cosine` and `insertion/cosine`: for pairs without classes; both to and from the mean colour (zeros).
+
+    steps: of equal numbers of pixels.
+    """
+
+    steps: int = 28
+
+    name: ClassVar[str] = "deletion+insertion/cosine"
+    source: ClassVar[str] = "RISE's curves with the cosine as score"
+
+    def fractions(self) -> Sequence[float]:
+        return [i / self.steps for i in range(self.steps + 1)]
+
+    def measure(
+        self,
+        encode: Encode,
+        texts: Tensor,
+        images: Tensor,
+        maps: Tensor,
+        *,
+        batch: int = 32,
+        clock: Clock | None = None,
+    ) -> Columns:
+        """Columns of B * P pairs for unit text embeddings (P, E) or (B, P, E); arguments as for `curves`."""
+        plan: dict[Mode, tuple[Sequence[float], float]] = {
+            "deletion": (self.fractions(), 0.0),
+            "insertion": (self.fractions(), 0.0),
+        }
+        return self.columns(curves(encode, cosine(texts), images, maps, plan, batch=batch, clock=clock))
+
+
+@dataclass(frozen=True)
+class Confidence(Protocol):
+    """`confidence/m2ib` and `confidence/gradcam++`: what is left of the score when the image is multiplied by its map.
+
+    drop: "absolute" (100 mean max(0, c - c')) or "relative" (100 mean max(0, c - c') / c, where c > 0). The map is
+    min-maxed and multiplies the normalised image, so that zero is the mean colour.
+    """
+
+    drop: Literal["absolute", "relative"] = "absolute"
+
+    name: ClassVar[str] = "confidence"
+    source: ClassVar[str] = "Wang et al., M2IB, NeurIPS 2023; Chattopadhay et al., Grad-CAM++, WACV 2018"
+    figures: ClassVar[Mapping[str, str]] = {"drop": "lower", "increase": "higher"}
+
+    def measure(
+        self,
+        encode: Encode,
+        texts: Tensor,
+        images: Tensor,
+        maps: Tensor,
+        *,
+        batch: int = 32,
+        clock: Clock | None = None,
+    ) -> Columns:
+        """Columns of B * P pairs: `drop` and `increase`, in percent; arguments as for `CurvesCosine`."""
+        clock = clock or Clock()
+        started = time.perf_counter()
+        b, p = maps.shape[:2]
+        weights = on_pixels(maps, (images.shape[2], images.shape[3])).flatten(-2)
+        weights = minmax(weights, constant=0.0).unflatten(-1, images.shape[2:]).flatten(0, 1).to(images.dtype)
+        score = cosine(texts)
+        pairs = torch.arange(b * p, device=images.device)
+
+        def scores(x: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+            parts = []
+            for part in rows.split(batch):
+                begun = _now(images)
+                parts.append(encode(x(part)))
+                clock.forwards += _now(images) - begun
+            return torch.cat(parts)
+
+        clean = scores(lambda rows: images[rows], torch.arange(b, device=images.device)).repeat_interleave(p, 0)
+        masked = scores(lambda rows: images[rows // p] * weights[rows][:, None], pairs)
+        c, left = score(clean, pairs).double().cpu(), score(masked, pairs).double().cpu()
+        lost = (c - left).clamp(min=0)
+        if self.drop == "relative":
+            lost = torch.where(c > 0, lost / c, torch.nan)
+        clock.total += time.perf_counter() - started
+        return {"drop": 100 * lost, "increase": 100 * (left > c).double()}
+
+
+def _now(x: Tensor) -> float:
+    """The time, when what was asked of the device of x is done."""
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
