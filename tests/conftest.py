@@ -56,6 +56,31 @@ def build_clip() -> BuildClip:
     return build
 
 
+@pytest.fixture
+def build_resnet() -> BuildClip:
+    """A factory of small ResNet CLIPs: image_size, layers, width, seed ..."""
+
+    def build(*, seed: int = 0, embed_dim: int = 24, **vision: Any) -> CLIP:
+        torch.manual_seed(seed)
+        model = CLIP(
+            embed_dim=embed_dim,
+            vision_cfg=CLIPVisionCfg(**{"image_size": 96, "layers": (1, 2, 1, 2), "width": 16, **vision}),
+            text_cfg=CLIPTextCfg(context_length=20, vocab_size=300, width=32, heads=4, layers=2),
+        )
+        # As for transformers; open_clip also starts the last norm of each block at zero, which is no block at all.
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                nn.init.normal_(buffer, std=0.2)
+            elif name.endswith("running_var"):
+                nn.init.uniform_(buffer, 0.5, 2)
+        return model.eval()
+
+    return build
+
+
 class WordTokenizer:
     """One token a word, for models with a vocabulary of a few hundred ids; the end of text is the largest id."""
 

@@ -146,14 +146,7 @@ class ResNetTower:
         return self.grid_at((x.shape[2], x.shape[3]))
 
     def grid_at(self, size: tuple[int, int], layer: int | str = -1) -> tuple[int, int]:
-        """The grid (h, w) of a layer's features for inputs of `size` (H, W).
-
-        Raises InputError for an input smaller than 32 x 32 pixels, and for an unknown layer.
-        """
-        if min(size) < 32:
-            raise InputError(
-                f"images of {size[0]} x {size[1]} pixels are too small: this model sees 32 x 32 at a time."
-            )
+        """The grid (h, w) of a layer's features for inputs of `size` (H, W). Raises InputError for an unknown layer."""
         above = self._above(layer)
         finer = 1 << sum(above <= sum(self.stages[:i]) for i in range(1, len(self.stages)))
         return size[0] // 32 * finer, size[1] // 32 * finer
@@ -162,9 +155,12 @@ class ResNetTower:
         """A layer's output (B, C, h, w), in the trunk's dtype, for normalised images (B, 3, H, W).
 
         Pixels beyond the last whole 32 x 32 are not seen, as those beyond the last whole patch of a transformer.
-        Differentiable in x where gradients are enabled. Raises InputError as `grid_at` does.
+        Differentiable in x where gradients are enabled. Raises InputError for an input smaller than that, and for an
+        unknown layer.
         """
         h, w = self.grid_of(x)
+        if not h or not w:
+            raise InputError(f"images of {x.shape[2]} x {x.shape[3]} pixels hold no patch: this model needs 32 x 32.")
         x = x[..., : 32 * h, : 32 * w].to(self.dtype)
         for conv in self.stem:
             x = _relu(conv(x))
@@ -229,6 +225,9 @@ def _read_block(block: Any, path: str, dtype: torch.dtype) -> Bottleneck:
     for name in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3"):
         if not hasattr(block, name):
             raise unsupported(f"{path} ({type(block).__name__})", f"has no '{name}'")
+    for name in ("act1", "act2", "act3", "relu", "relu1", "relu2", "relu3"):
+        if not isinstance(act := getattr(block, name, nn.ReLU()), nn.ReLU):
+            raise unsupported(path, f"activates with {type(act).__name__}, not ReLU")
     reduce, spatial, expand = (_read_conv(block, conv, norm, path, dtype) for conv, norm in _CONVS)
     down = getattr(block, "downsample", None)
     return Bottleneck(
