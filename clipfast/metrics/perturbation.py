@@ -4,8 +4,9 @@
     insertion   they appear step by step on a bare image; a faithful map's score rises fast
     AUC         trapezoids over the share of pixels; for equal steps (sum - first / 2 - last / 2) / (points - 1)
 
-Petsiuk et al., RISE, BMVC 2018 (`deletion/rise`, `insertion/rise`); Wang et al., M2IB, NeurIPS 2023 and Chattopadhay et
-al., Grad-CAM++, WACV 2018 (`confidence/m2ib`, `confidence/gradcam++`).
+Petsiuk et al., RISE, BMVC 2018 (`deletion/rise`, `insertion/rise`); Zhao et al., Grad-ECLIP, ICML 2024
+(`deletion/grad_eclip`, `insertion/grad_eclip`); Wang et al., M2IB, NeurIPS 2023 and Chattopadhay et al., Grad-CAM++,
+WACV 2018 (`confidence/m2ib`, `confidence/gradcam++`).
 
 Images x prompts x steps go through the model in batches of one fixed size, whatever the number of steps. A curve's two
 ends do not depend on the map: they are encoded once an image, and the clean one once for both curves.
@@ -14,14 +15,18 @@ ends do not depend on the map: they are encoded once an image, and the clean one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from clipfast.data.geometry import InputSpec, normalize, prepare
+from clipfast.data.images import read_image
 from clipfast.errors import InputError
 from clipfast.metrics.base import Columns, Protocol
 from clipfast.ops.mask_sequence import Noise, mask_sequence, rank_map
@@ -264,6 +269,133 @@ class CurvesCosine(_Curves):
             "insertion": (self.fractions(), 0.0),
         }
         return self.columns(curves(encode, cosine(texts), images, maps, plan, batch=batch, clock=clock))
+
+
+@dataclass(frozen=True)
+class CurvesGradEclip(Protocol):
+    """`deletion/grad_eclip` and `insertion/grad_eclip`: classification accuracy while half of the pixels go.
+
+    The image is masked at its own size, and every masked image goes through the model's own preprocessing. steps: of
+    one pixel in 2 * steps each (at least one pixel); scored every `every` of them and once whole. Deletion fills with
+    uniform random colours (theirs are not seeded, ours are: seed), insertion starts from black. The areas are
+    trapezoids over equal steps, since no area is in the published code.
+    """
+
+    steps: int = 100
+    every: int = 10
+    seed: int = 0
+
+    name: ClassVar[str] = "deletion+insertion/grad_eclip"
+    source: ClassVar[str] = "Zhao et al., Grad-ECLIP, ICML 2024, and their evaluation scripts"
+    figures: ClassVar[Mapping[str, str]] = {
+        "deletion top-1": "lower",
+        "deletion top-5": "lower",
+        "insertion top-1": "higher",
+        "insertion top-5": "higher",
+    }
+
+    def measure(
+        self,
+        encode: Encode,
+        classes: Classes,
+        pictures: Sequence[Any],
+        maps: Sequence[Tensor],
+        spec: InputSpec,
+        *,
+        first: int = 0,
+        batch: int = 32,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        clock: Clock | None = None,
+    ) -> Columns:
+        """Columns of B * P pairs, image by image; `classes.target` (B * P,) is the ground truth, or the prediction.
+
+        pictures: B files or PIL images. maps: B tensors (P, H, W) on each picture's own pixels. first: the number of
+        the first picture in the data set, which its random colours depend on. dtype, device: of what `encode` takes.
+
+        Raises InputError for maps of another size than their picture.
+        """
+        clock = clock or Clock()
+        started = time.perf_counter()
+        waiting: list[Tensor] = []
+        owners: list[int] = []
+        hits: list[Tensor] = []
+
+        def flush() -> None:
+            x = normalize(torch.stack(waiting), spec, dtype, device)
+            begun = _now(x)
+            z = encode(x)
+            clock.forwards += _now(x) - begun
+            hits.append(classes.hit(z, torch.tensor(owners, device=z.device)).cpu())
+            waiting.clear()
+            owners.clear()
+
+        pair = 0
+        for number, (source, heat) in enumerate(zip(pictures, maps, strict=True)):
+            for pixels, prompt in self._masked(source, heat, first + number):
+                waiting.append(prepare(pixels, spec)[0])
+                owners.append(pair + prompt)
+                if len(waiting) == batch:
+                    flush()
+            pair += len(heat)
+        if waiting:
+            flush()
+        points = self.steps // self.every + 1
+        found = torch.cat(hits).double().view(pair, 2, points - 1, 2)
+        clean, modes = self._clean(encode, classes, pictures, maps, spec, dtype, device, clock), {}
+        modes["deletion"] = torch.cat((clean[:, None], found[:, 0]), dim=1)
+        modes["insertion"] = torch.cat((found[:, 1], clean[:, None]), dim=1)
+        columns: Columns = {}
+        for mode, curve in modes.items():
+            for k, kind in enumerate(("top-1", "top-5")):
+                columns[f"{mode} {kind}"] = area(curve[..., k], [i / (points - 1) for i in range(points)])
+                for i, point in enumerate(curve[..., k].unbind(1)):
+                    columns[f"{mode} {kind} {i:03d}"] = point
+        clock.total += time.perf_counter() - started
+        return columns
+
+    def _masked(self, source: Any, heat: Tensor, number: int) -> Iterator[tuple[Image.Image, int]]:
+        """The masked pictures of one image, prompt by prompt, those of deletion first."""
+        picture = read_image(source)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+        count = picture.width * picture.height
+        if tuple(heat.shape[1:]) != tuple(pixels.shape[2:]):
+            raise InputError(
+                f"maps of a picture of {picture.height} x {picture.width} pixels must have its size, "
+                f"not {tuple(heat.shape[1:])}: see Attribution.resize."
+            )
+        once = max(1, count // (2 * self.steps))
+        inside = [min(once * i, count) / count for i in range(self.every, self.steps + 1, self.every)]
+        ranks = rank_map(heat[None].cpu())
+        for prompt in range(len(heat)):
+            rows = ranks[:, prompt : prompt + 1]
+            deleted = mask_sequence(pixels, rows, inside, "deletion", Noise(self.seed, number))
+            inserted = mask_sequence(pixels, rows, inside, "insertion", 0.0)
+            for masked in (*deleted, *inserted):
+                values = masked.mul(255).round_().to(torch.uint8).permute(1, 2, 0).numpy()
+                yield Image.fromarray(np.ascontiguousarray(values)), prompt
+
+    def _clean(
+        self,
+        encode: Encode,
+        classes: Classes,
+        pictures: Sequence[Any],
+        maps: Sequence[Tensor],
+        spec: InputSpec,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        clock: Clock,
+    ) -> Tensor:
+        """Hits of the whole images, once an image: (B * P, 2)."""
+        rows = []
+        for source in pictures:
+            x = normalize(prepare(source, spec)[0][None], spec, dtype, device)
+            begun = _now(x)
+            rows.append(encode(x))
+            clock.forwards += _now(x) - begun
+        prompts = torch.tensor([len(heat) for heat in maps])
+        z = torch.cat(rows).repeat_interleave(prompts.to(rows[0].device), 0)
+        return classes.hit(z, torch.arange(len(z), device=z.device)).double().cpu()
 
 
 @dataclass(frozen=True)

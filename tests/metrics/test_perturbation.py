@@ -5,24 +5,29 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from clipfast.data.geometry import InputSpec, normalize, prepare
 from clipfast.errors import InputError
 from clipfast.metrics.perturbation import (
     Classes,
     Clock,
     Confidence,
     CurvesCosine,
+    CurvesGradEclip,
     CurvesRise,
     area,
     blur,
     cosine,
     curves,
 )
+from clipfast.ops.mask_sequence import Noise
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "metrics_published.safetensors"
 
@@ -134,6 +139,47 @@ def test_the_best_map_deletes_best_and_the_worst_worst() -> None:
     assert best < some < worst
     best, some, worst = area(found["insertion"], plan["insertion"][0])[0].tolist()
     assert best > some > worst
+
+
+def test_grad_eclip_s_curves_against_their_recipe() -> None:
+    """Masked at the picture's own size, through the preprocessing, then whether the class wins: step by step."""
+    encode, texts = encoder(size=12)
+    spec = InputSpec(size=(12, 12), patch=(4, 4))
+    numbers = np.random.default_rng(0)
+    pictures = [Image.fromarray(numbers.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((20, 30), (17, 13))]
+    maps = [torch.from_numpy(numbers.random((2, p.height, p.width))) for p in pictures]
+    target = torch.tensor([0, 1, 3, 2])
+    protocol = CurvesGradEclip(steps=6, every=2, seed=5)
+    unit = lambda x: F.normalize(encode(x), dim=-1)  # noqa: E731
+    columns = protocol.measure(
+        unit, Classes(texts, 1.0, target), pictures, maps, spec, first=7, batch=3, dtype=torch.float64
+    )
+    for i, (picture, heat) in enumerate(zip(pictures, maps, strict=True)):
+        pixels = np.asarray(picture)
+        noise = Noise(5, 7 + i).image((1, 3, picture.height, picture.width))[0].permute(1, 2, 0).numpy()
+        count = picture.height * picture.width
+        for prompt in range(2):
+            order = (-heat[prompt]).flatten().argsort(stable=True).numpy()
+            shown = {"deletion": [pixels], "insertion": []}
+            for step in (2, 4, 6):
+                gone = order[: step * max(1, count // 12)]
+                deleted, inserted = pixels.copy().reshape(-1, 3), np.zeros_like(pixels).reshape(-1, 3)
+                deleted[gone], inserted[gone] = noise.reshape(-1, 3)[gone], pixels.reshape(-1, 3)[gone]
+                shown["deletion"].append(deleted.reshape(pixels.shape))
+                shown["insertion"].append(inserted.reshape(pixels.shape))
+            shown["insertion"].append(pixels)
+            for mode, sequence in shown.items():
+                hits = []
+                for values in sequence:
+                    x = normalize(prepare(Image.fromarray(values), spec)[0][None], spec, torch.float64)
+                    hits.append(float((unit(x) @ texts.T).argmax() == target[2 * i + prompt]))
+                row = 2 * i + prompt
+                assert [float(columns[f"{mode} top-1 {k:03d}"][row]) for k in range(4)] == hits
+                assert float(columns[f"{mode} top-1"][row]) == pytest.approx((sum(hits) - (hits[0] + hits[-1]) / 2) / 3)
+    # All five classes are always among the best five.
+    assert protocol.summary(columns)["deletion top-5"] == 1.0
+    with pytest.raises(InputError, match="must have its size"):
+        protocol.measure(unit, Classes(texts, 1.0, target), pictures[:1], maps[1:], spec, dtype=torch.float64)
 
 
 def test_confidence_against_its_formula() -> None:
