@@ -1,0 +1,201 @@
+"""Grad-CAM on a transformer (Selvaraju et al., ICCV 2017): a layer's channels weighted by their mean gradient.
+
+    H_i = ReLU(sum_c w_c h_ic),   w = mean over tokens j of dS/dh_j,   h (N, D): the input of a block
+
+For the last block w needs no backward pass through its tokens. With g = dS/do and y = dS/dr at the pooled token p (o:
+its attention output, r: its residual stream), heads left out, s = 1/sqrt(d), a_j its attention, x_j = (h_j - mean)
+rho_j the standardised tokens, W the weights of q, k and v times norm1's gain, and t_j the tokens' shares of the mean:
+
+    dS/dv_j = a_j g      dS/dk_j = s q e_j,  e_j = a_j (g.v_j - g.o)      dS/dq = s sum_j e_j k_j
+    dS/dh_j = rho_j (1 - 11'/D - x_j x_j'/D) W' (dS/dq [j = p], dS/dk_j, dS/dv_j) + y [j = p]
+
+Summed with t_j, all of it is one row a prompt and one weight c_j for each x_j: what it costs is in vectors of length D.
+All is linear in the text, so that products of h with the weights of all E directions serve every later prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.methods.attention import PIECE, pooled_attention
+from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
+from clipfast.methods.tokens import Tokens, block_index, image_tokens, text_tokens
+from clipfast.models.gradients import score_gradients
+from clipfast.models.tail import LinearTail
+from clipfast.models.tower import ImageTower, Site, TextTower, Tower
+
+MeanGradient = Callable[[Tensor], Tensor]
+"""Cotangents t (P, E) or (B, P, E) -> the mean over tokens of d(z . t)/dh: (B, P, D)."""
+
+
+@dataclass(frozen=True)
+class WeightedChannels(Explained):
+    """features (B, n, D): h at the places of the map. inside (B, n): 1 for those that are explained, else 0."""
+
+    z: Tensor
+    features: Tensor
+    inside: Tensor
+    mean_gradient: MeanGradient
+    relu: Relu = "each"
+
+    @torch.no_grad()
+    def maps(self, texts: Tensor, *, out: Tensor | None = None) -> Tensor:
+        batch, n, _ = self.features.shape
+        prompts, embed = texts.shape[-2], self.z.shape[1]
+        if out is None:
+            out = self.z.new_empty(batch, prompts, n)
+        if prompts > embed and isinstance(self.mean_gradient, LastBlock):
+            values, weights = self.prompt_free()
+            return combine([weights], [values], texts, self.relu, out)
+        return combine([self.inside], [self.features], self.mean_gradient(texts), self.relu, out)
+
+    def prompt_free(self) -> tuple[Tensor, Tensor]:
+        identity = torch.eye(self.z.shape[1], dtype=self.z.dtype, device=self.z.device)
+        return self.features @ self.mean_gradient(identity).mT, self.inside
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """The mean gradient at the last block's input, in closed form (see above).
+
+    h (B, N, D): that input. site: what its attention sees; attention (B, H, N): the pooled token's. shares (B, N): of
+    each token in the mean.
+    """
+
+    tail: LinearTail
+    site: Site
+    attention: Tensor
+    h: Tensor
+    pooled: Tensor
+    shares: Tensor
+
+    def __call__(self, texts: Tensor) -> Tensor:
+        step = max(1, PIECE // self.attention.numel())
+        return torch.cat([self._of(texts[..., i : i + step, :]) for i in range(0, texts.shape[-2], step)], dim=1)
+
+    def _of(self, texts: Tensor) -> Tensor:
+        block, site, a = self.tail.tail.block, self.site, self.attention[:, :, None]
+        width, heads, at_pooled = block.width, a.shape[1], (torch.arange(len(a), device=a.device), self.pooled)
+        x, _, rho = torch.native_layer_norm(self.h, [width], None, None, block.norm1.eps)
+        weight = self.shares * rho[..., 0]  # (B, N)
+        # What norm1's bias alone becomes as q, k and v: the rest of them is W x.
+        bias = torch.zeros_like(x[0, 0]) if block.norm1.bias is None else block.norm1.bias
+        q0, k0, v0 = F.linear(bias, block.qkv_weight, block.qkv_bias).chunk(3)
+
+        def split(t: Tensor) -> Tensor:
+            return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        y = self.tail.residual_vjp(texts)
+        g = split((y if block.scale1 is None else y * block.scale1) @ block.out_weight)  # (B, H, P, d)
+        q, k, v = split(site.q[:, None]), split(site.k), split(site.v)
+        q = q * q.shape[-1] ** -0.5
+        av = a * (g @ v.mT)  # (B, H, P, N)
+        e = av - a * av.sum(-1, keepdim=True)
+        dq = e @ k * q.shape[-1] ** -0.5
+        dk = (e * weight[:, None, None]).sum(-1, keepdim=True) * q
+        dv = (a * weight[:, None, None]).sum(-1, keepdim=True) * g
+        dq, dk, dv = (t.transpose(1, 2).flatten(2) for t in (dq, dk, dv))
+
+        total = torch.cat((dq * weight[at_pooled][:, None, None], dk, dv), dim=-1) @ block.qkv_weight
+        if block.norm1.weight is not None:
+            total = total * block.norm1.weight
+        c = (e * (q @ split(site.k - k0).mT) + av - a * (g @ split(v0[None, None]).mT)).sum(1)  # (B, P, N)
+        c[at_pooled[0], :, self.pooled] += (dq @ (site.q - q0)[..., None])[..., 0]
+        total = total - total.mean(-1, keepdim=True) - (c * weight[:, None]) @ x / width
+        return total + self.shares[at_pooled][:, None, None] * y
+
+
+@dataclass(frozen=True)
+class Below:
+    """The mean gradient at an earlier block's input h (B, N, D): a backward pass a prompt from z (B, E)."""
+
+    z: Tensor
+    h: Tensor
+    shares: Tensor
+
+    def __call__(self, texts: Tensor) -> Tensor:
+        shares = self.shares[:, None]
+        found = score_gradients(self.z, [self.h], texts, keep=True)
+        return torch.cat([shares @ gradient.to(shares.dtype) for (gradient,) in found], dim=1)
+
+
+@dataclass(frozen=True)
+class GradCam(Method):
+    """Grad-CAM at the input of a block. In the last one all prompts cost about as much as Grad-ECLIP's.
+
+    layer: the block, from the bottom, or from the top where negative. Another than the last takes a backward pass
+        through the blocks above for each prompt.
+    heads: "model", or "single": the blocks from `layer` up run as one head of width D with scale D**-0.5, as the
+        released Grad-ECLIP code does; it explains a slightly different model.
+    mean_over: "tokens", prefix included, as that code does; or "patches", as general libraries do with the usual
+        `reshape_transform`, which drops the class token. A text's tokens are all that EOT sees, its patches the words.
+    """
+
+    layer: int = -1
+    heads: Literal["model", "single"] = "model"
+    mean_over: Literal["tokens", "patches"] = "tokens"
+
+    info: ClassVar = MethodInfo(
+        source="Selvaraju et al., ICCV 2017",
+        forwards="1",
+        backwards="0; P through the blocks from layer up, where that is not the last",
+        prompt_free=True,
+        agrees="the Grad-ECLIP authors' released code to 1e-9 in float64, with heads='single'; captum's LayerGradCam "
+        "and pytorch-grad-cam's GradCAM with mean_over='patches'",
+        our_reading="a text's mean is over the tokens that EOT sees",
+    )
+
+    @property
+    def has_features(self) -> bool:
+        return self.layer == -1
+
+    @property
+    def keeps_activations(self) -> bool:  # type: ignore[override]
+        return self.layer != -1
+
+    def __post_init__(self) -> None:
+        choice(self, "heads", "model", "single")
+        choice(self, "mean_over", "tokens", "patches")
+
+    def image(self, tower: ImageTower, x: Tensor) -> Explained:
+        return self._explain(tower, *image_tokens(tower, x))
+
+    def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> Explained:
+        return self._explain(tower, *text_tokens(tower, ids, words))
+
+    @torch.no_grad()
+    def _explain(self, tower: Tower, h: Tensor, tokens: Tokens) -> Explained:
+        index = block_index(tower, "layer", self.layer)
+        heads = 1 if self.heads == "single" else None
+        h = tower.run(h, stop=index, mask=tokens.mask)
+        dtype = tower.tail.proj.dtype
+        shares = self._shares(tokens, h.shape[1], dtype)
+        mean_gradient: MeanGradient
+        if index == tower.depth - 1:
+            site = tower.site(h, tokens.pooled, heads=heads, visible=tokens.visible)
+            tail = tower.tail.linearize(site.residual, site.o)
+            z, attention = tail.z, pooled_attention(tower.blocks[-1], site, heads)
+            mean_gradient = LastBlock(tail, site, attention, h.to(dtype), tokens.pooled, shares)
+        else:
+            with torch.enable_grad():
+                h.requires_grad_()
+                above = tower.run(h, index, tower.depth - 1, heads=heads, mask=tokens.mask)
+                site = tower.site(above, tokens.pooled, heads=heads, visible=tokens.visible)
+                graph = tower.tail(site.residual, site.o)
+            z, mean_gradient = graph.detach(), Below(graph, h, shares)
+        return WeightedChannels(z, h.detach()[:, tokens.keep].to(dtype), tokens.inside.to(dtype), mean_gradient)
+
+    def _shares(self, tokens: Tokens, length: int, dtype: torch.dtype) -> Tensor:
+        """Each token's share of the mean: (B, N)."""
+        counted = torch.ones(len(tokens.pooled), length, dtype=dtype, device=tokens.pooled.device)
+        if self.mean_over == "patches":
+            counted.zero_()[:, tokens.keep] = tokens.inside.to(dtype)
+        elif tokens.visible is not None:
+            counted = tokens.visible.to(dtype)
+        return counted / counted.sum(1, keepdim=True)

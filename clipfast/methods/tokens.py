@@ -1,0 +1,64 @@
+"""What a method that explains both sides needs to know of a batch of tokens, and nothing else of the sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipfast.errors import InputError
+from clipfast.models.tower import ImageTower, TextTower, Tower
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """pooled (B,): each sequence's pooled position. keep: the tokens that are places of a map, n of N.
+
+    mask and visible: who sees whom, as `Tower.run` and `Tower.site` take them. inside (B, n): True for the places that
+    are explained; the others get zero.
+    """
+
+    pooled: Tensor
+    keep: slice
+    mask: Tensor | None
+    visible: Tensor | None
+    inside: Tensor
+
+    def place(self, rows: Tensor) -> Tensor:
+        """Numbers for all tokens (B, ..., N) at the places of a map: (B, ..., n)."""
+        inside = self.inside.to(rows.dtype)
+        return rows[..., self.keep] * inside.unflatten(0, (-1, *[1] * (rows.ndim - 2)))
+
+
+def image_tokens(tower: ImageTower, x: Tensor) -> tuple[Tensor, Tokens]:
+    """Normalised images (B, 3, H, W) as the input h (B, N, D) of block 0; the places of the map are the patches."""
+    h = tower.embed(x)
+    keep = slice(tower.prefix.shape[0], None)
+    inside = torch.ones_like(h[:, keep, 0], dtype=torch.bool)
+    return h, Tokens(tower.pooled(h), keep, None, None, inside)
+
+
+def text_tokens(tower: TextTower, ids: Tensor, words: Tensor) -> tuple[Tensor, Tokens]:
+    """Token ids (B, T), without the padding that can have no influence, as the input h (B, N, D) of block 0.
+
+    Outside `words` (B, T) the map is zero.
+    """
+    pooled = tower.pooled(ids)
+    seen = tower.reach(pooled, ids.shape[1])
+    ids, inside = ids[:, :seen], words[:, :seen] > 0
+    tokens = Tokens(pooled, slice(None), tower.mask(seen), tower.visible(pooled, seen), inside)
+    return tower.embed(ids), tokens
+
+
+def block_index(tower: Tower, name: str, index: int) -> int:
+    """The parameter `name` as a block's number from the bottom; negative ones count from the top.
+
+    Raises InputError where the tower has no such block.
+    """
+    if not isinstance(index, int) or isinstance(index, bool) or not -tower.depth <= index < tower.depth:
+        raise InputError(
+            f"{name}={index!r} is no block of this tower of {tower.depth}: "
+            f"give a whole number from {-tower.depth} to {tower.depth - 1}."
+        )
+    return index % tower.depth
