@@ -1,0 +1,131 @@
+"""Straight paths from a baseline's tokens to an input's own, on which integrated gradients and MGA-CLIP are built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.errors import InputError
+from clipfast.methods.quadrature import quadrature
+from clipfast.models.block import Norm
+from clipfast.models.tower import ImageTower, Tower
+from clipfast.ops.path import path_points
+
+Baseline = Literal["mean", "black", "blur"] | Tensor
+"""Where a path of images begins. "mean": the data's mean colour, which normalising makes zero. "black". "blur": each
+image itself, blurred (`blurred`). Or a normalised image of one's own, broadcastable to (3, H, W)."""
+
+# Fong and Vedaldi blur by 10 pixels where images have 224.
+_SIGMA = 10 / 224
+
+
+@dataclass(frozen=True)
+class Path:
+    """The points start + a (end - start), 0 <= a <= 1, between tokens of one place in a tower.
+
+    start (B, N, D), or (1, N, D) for one that all inputs share. end (B, N, D). block: the block that takes them, once
+    `norm` (the one before the first block, or None) has been applied.
+    """
+
+    start: Tensor
+    end: Tensor
+    block: int
+    norm: Norm | None = None
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """end - start (B, N, D), in float32 at least."""
+        wide = torch.promote_types(self.end.dtype, torch.float32)
+        return self.end.to(wide) - self.start.to(wide)
+
+    def lift(self, points: Tensor) -> Tensor:
+        """Points as the input of `block`."""
+        return points if self.norm is None else self.norm(points)
+
+    def points(
+        self, tower: Tower, rule: str, steps: int, *, gradients: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(points (S * B, N, D) ordered as `path_points` does, their weights (S,)), so many steps at a time as one
+        pass of the tower should take: memory does not grow with the number of steps."""
+        delta = self.delta
+        nodes, weights = (t.to(delta.device, delta.dtype) for t in quadrature(rule, steps))
+        at_once = max(1, tower.rows_at_once(delta.shape[1], gradients=gradients) // len(delta))
+        for a, w in zip(nodes.split(at_once), weights.split(at_once), strict=True):
+            yield path_points(self.start, delta, a, self.end.dtype), w
+
+
+def image_path(tower: ImageTower, x: Tensor, baseline: Tensor, block: int | None) -> Path:
+    """The path between images' tokens, from `baseline` (1 or B, 3, H, W) to x (B, 3, H, W).
+
+    block: at the input of which block; None: before the norm below the first, where tokens are still linear in pixels,
+    so that a straight path between tokens is one between images.
+    """
+    if block is None:
+        return Path(tower.patch(baseline), tower.patch(x), 0, tower.norm_pre)
+    return Path(tower.run(tower.embed(baseline), stop=block), tower.run(tower.embed(x), stop=block), block)
+
+
+def to_pixels(tower: ImageTower, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+    """Gradients with respect to the tokens before the first norm, (B, N, D), as those of the pixels: (B, 3, H, W).
+
+    The transpose of `ImageTower.patch`. Pixels of `size` (H, W) beyond the last whole patch get zero.
+    """
+    (height, width), (ph, pw) = size, tower.patch_size
+    grid = (height // ph, width // pw)
+    patches = gradient[:, tower.prefix.shape[0] :].mT.unflatten(2, grid)
+    found = F.conv_transpose2d(patches, tower.patch_weight.to(gradient.dtype), stride=tower.patch_size)
+    return F.pad(found, (0, width - grid[1] * pw, 0, height - grid[0] * ph))
+
+
+def block_index(tower: Tower, block: Any, name: str) -> int:
+    """The block that a parameter means, counted from the end where negative. Raises InputError where there is none."""
+    if not -tower.depth <= block < tower.depth:
+        raise InputError(f"{name}={block} was asked for, but this tower has {tower.depth} blocks.")
+    return block % tower.depth
+
+
+def image_baseline(baseline: Baseline, tower: ImageTower, x: Tensor) -> Tensor:
+    """Where the paths to images x (B, 3, H, W) begin: (1, 3, H, W) where they share it, else (B, 3, H, W).
+
+    Raises InputError for a tensor that does not fit, or where what black is in the model's input is not known.
+    """
+    size = (1, *x.shape[1:])
+    if isinstance(baseline, Tensor):
+        try:
+            return baseline.detach().to(x.device, x.dtype).expand(size)
+        except RuntimeError:
+            raise InputError(
+                f"a baseline must broadcast to the images' {tuple(x.shape[1:])}, not be {tuple(baseline.shape)}."
+            ) from None
+    if baseline == "mean":
+        return x.new_zeros(size)
+    if baseline == "blur":
+        return blurred(x, _SIGMA * min(x.shape[-2:]))
+    if tower.black is None:
+        raise InputError("this tower was read without its preprocessing: give baseline='black' as a tensor instead.")
+    return x.new_tensor(tower.black)[:, None, None].expand(size)
+
+
+def check_baseline(baseline: Any) -> None:
+    """Raises InputError unless `baseline` is a Baseline."""
+    if not isinstance(baseline, Tensor) and baseline not in ("mean", "black", "blur"):
+        raise InputError(f"baseline={baseline!r} must be 'mean', 'black', 'blur' or a normalised image as a tensor.")
+
+
+def blurred(x: Tensor, sigma: float) -> Tensor:
+    """Images (B, 3, H, W) through a Gaussian of so many pixels, cut off at three sigma, edges repeated."""
+    radius = math.ceil(3 * sigma)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    at = torch.arange(-radius, radius + 1, device=x.device, dtype=wide)
+    kernel = torch.exp(-0.5 * (at / sigma).square())
+    kernel /= kernel.sum()
+    rows = F.pad(x.to(wide).flatten(0, 1)[:, None], (radius,) * 4, mode="replicate")
+    rows = F.conv2d(F.conv2d(rows, kernel[None, None, None]), kernel[None, None, :, None])
+    return rows.unflatten(0, x.shape[:2])[:, :, 0].to(x.dtype)
