@@ -71,11 +71,15 @@ def build_resnet() -> BuildClip:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.2)
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                nn.init.normal_(buffer, std=0.2)
-            elif name.endswith("running_var"):
-                nn.init.uniform_(buffer, 0.5, 2)
+        # Statistics of blotches, as a training would leave them: at their start the image fades from block to block.
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        blotches = nn.functional.interpolate(torch.randn(8, 3, 5, 5), size=model.visual.image_size, mode="bilinear")
+        with torch.no_grad():
+            model.train().visual(blotches)
+        for norm in norms:
+            norm.momentum = 0.1
         return model.eval()
 
     return build
