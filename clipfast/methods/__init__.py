@@ -5,25 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 from clipfast.errors import InputError, nearest
+from clipfast.methods.attention import Attention, Rollout
 from clipfast.methods.base import Method
+from clipfast.methods.chefer import Chefer
 from clipfast.methods.clip_surgery import ClipSurgery
 from clipfast.methods.gem import Gem
+from clipfast.methods.grad_cam import GradCam
 from clipfast.methods.grad_eclip import GradEclip
+from clipfast.methods.group_cam import GroupCam
 from clipfast.methods.kernel_shap import KernelShap
 from clipfast.methods.leave_one_out import LeaveOneOut
+from clipfast.methods.legrad import LeGrad
 from clipfast.methods.library_cam import GradCamPlusPlus, LayerCam, XGradCam
 from clipfast.methods.m2ib import M2IB
 from clipfast.methods.mask_clip import MaskClip
+from clipfast.methods.mmel import Mmel
 from clipfast.methods.rise import Rise
+from clipfast.methods.score_cam import GScoreCam, ScoreCam
 from clipfast.methods.tclip import Tclip
 
 METHODS: dict[str, type[Method]] = {
     "grad_eclip": GradEclip,
     "tclip": Tclip,
+    "mmel": Mmel,
     "mask_clip": MaskClip,
     "clip_surgery": ClipSurgery,
     "gem": Gem,
+    "attention": Attention,
+    "rollout": Rollout,
+    "grad_cam": GradCam,
+    "chefer": Chefer,
+    "legrad": LeGrad,
     "m2ib": M2IB,
+    "score_cam": ScoreCam,
+    "gscore_cam": GScoreCam,
+    "group_cam": GroupCam,
     "rise": Rise,
     "kernel_shap": KernelShap,
     "leave_one_out": LeaveOneOut,

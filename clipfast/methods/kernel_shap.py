@@ -20,12 +20,15 @@ from clipfast.errors import InputError
 from clipfast.methods.base import LinearExplained, Method, MethodInfo, at_least
 from clipfast.methods.masking import (
     Coalitions,
-    encode_pairs,
+    encode_images,
     every_pair,
     every_subset,
     explain_words,
     merge_repeated,
+    whole_patches,
 )
+from clipfast.models.model import AnyImageTower
+from clipfast.models.resnet import ResNetTower
 from clipfast.models.tower import ImageTower, TextTower
 
 
@@ -60,6 +63,8 @@ class KernelShap(Method):
         "leave the sequence and the tokens behind them move up",
     )
 
+    reads: ClassVar = (ImageTower, ResNetTower)
+
     def __post_init__(self) -> None:
         at_least(self, "samples", 2, whole=True)
         at_least(self, "players", 1, whole=True)
@@ -70,23 +75,19 @@ class KernelShap(Method):
         return True
 
     @torch.no_grad()
-    def image(self, tower: ImageTower, x: Tensor) -> LinearExplained:
+    def image(self, tower: AnyImageTower, x: Tensor) -> LinearExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
-        player = self.players_of(tower.grid_of(x)).to(x.device)
+        seen, grid, (height, width) = whole_patches(tower, x), tower.grid_of(x), tower.patch_size
+        player = self.players_of(grid).to(x.device)
         sizes = player.bincount()
         coalitions = self.coalitions(len(sizes))
-        # Players are made of whole patches, and a patch's token knows no other patch: no picture needs to be changed.
-        h, prefix = tower.embed(x), tower.prefix.shape[0]
-        absent = tower.embed(torch.zeros_like(x[:1]))
         members = coalitions.members.to(x.device)
 
-        def encode(images: Tensor, sets: Tensor) -> Tensor:
-            present = members[sets.to(x.device)][:, player]  # (r, n)
-            present = torch.cat((present.new_ones(len(present), prefix), present), dim=1)
-            tokens = torch.where(present[..., None], h[images.to(x.device)], absent)
-            return tower.finish(tokens, tower.pooled(tokens))
+        def masked(images: Tensor, sets: Tensor) -> Tensor:
+            patches = members[sets.to(x.device)][:, player].unflatten(1, grid)
+            return seen[images] * patches.repeat_interleave(height, 1).repeat_interleave(width, 2)[:, None]
 
-        z = encode_pairs(tower, h.shape[1], *every_pair(len(x), len(members)), encode)
+        z = encode_images(tower, x, *every_pair(len(x), len(members)), masked)
         scores = z.unflatten(0, (len(members), len(x))).transpose(0, 1).double()  # (B, K, E)
         shares = coalitions.shares.to(x.device) / sizes[:, None]
         values = (shares @ scores).to(z.dtype)[:, player]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from clipfast.methods.base import LinearExplained
-from clipfast.models.tower import ImageTower, TextTower, Tower
+from clipfast.models.model import AnyImageTower
+from clipfast.models.tower import TextTower
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,36 @@ def every_pair(batch: int, masks: int) -> tuple[Tensor, Tensor]:
 
 
 def encode_pairs(
-    tower: Tower, tokens: int, inputs: Tensor, masks: Tensor, encode: Callable[[Tensor, Tensor], Tensor]
+    tower: AnyImageTower | TextTower,
+    tokens: int,
+    inputs: Tensor,
+    masks: Tensor,
+    encode: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Unit embeddings (R, E) of R pairs of an input and a mask, as many in one pass as the tower takes at once.
 
     tokens: how many an input has. inputs and masks (R,): indices, on the CPU. encode: some of them -> embeddings.
     """
     rows = tower.rows_at_once(tokens)
-    found = torch.empty(len(inputs), tower.embed_dim, dtype=tower.tail.proj.dtype, device=tower.device)
+    found = torch.empty(len(inputs), tower.embed_dim, dtype=tower.result_dtype, device=tower.device)
     for out, some, under in zip(found.split(rows), inputs.split(rows), masks.split(rows), strict=True):
         out.copy_(encode(some, under))
     return found
 
 
 def encode_images(
-    tower: ImageTower, x: Tensor, inputs: Tensor, masks: Tensor, masked: Callable[[Tensor, Tensor], Tensor]
+    tower: AnyImageTower, x: Tensor, inputs: Tensor, masks: Tensor, masked: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """`encode_pairs` of images x (B, 3, H, W); masked: inputs (r,), masks (r,) -> the changed images (r, 3, H, W)."""
-    tokens = tower.prefix.shape[0] + math.prod(tower.grid_of(x))
-    return encode_pairs(tower, tokens, inputs, masks, lambda some, under: tower.encode(masked(some, under)))
+    return encode_pairs(
+        tower, math.prod(tower.grid_of(x)), inputs, masks, lambda some, under: tower.encode(masked(some, under))
+    )
+
+
+def whole_patches(tower: AnyImageTower, x: Tensor) -> Tensor:
+    """Images x (B, 3, H, W) without the pixels beyond the last whole patch, which the tower does not see."""
+    (rows, columns), (height, width) = tower.grid_of(x), tower.patch_size
+    return x[..., : rows * height, : columns * width]
 
 
 def every_subset(players: int) -> Tensor:

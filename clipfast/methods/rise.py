@@ -25,6 +25,8 @@ from clipfast.methods.masking import (
     explain_words,
     merge_repeated,
 )
+from clipfast.models.model import AnyImageTower
+from clipfast.models.resnet import ResNetTower
 from clipfast.models.tower import ImageTower, TextTower
 
 # Masks at a time where maps are summed up.
@@ -120,6 +122,8 @@ class Rise(Method):
         our_reading="words that are not kept leave the sequence and the tokens behind them move up",
     )
 
+    reads: ClassVar = (ImageTower, ResNetTower)
+
     def __post_init__(self) -> None:
         at_least(self, "masks", 1, whole=True)
         at_least(self, "cells", 2, whole=True)
@@ -132,11 +136,11 @@ class Rise(Method):
     def has_features(self) -> bool:
         return True
 
-    def grid(self, tower: ImageTower, size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, tower: AnyImageTower, size: tuple[int, int]) -> tuple[int, int]:
         return size
 
     @torch.no_grad()
-    def image(self, tower: ImageTower, x: Tensor) -> RiseExplained:
+    def image(self, tower: AnyImageTower, x: Tensor) -> RiseExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of pixels, row by row."""
         masks = self.draw((x.shape[2], x.shape[3]))
 
