@@ -15,6 +15,7 @@ from clipfast.errors import InputError
 from clipfast.methods.kernel_shap import KernelShap
 from clipfast.models import tower as towers
 from clipfast.models.openclip import image_tower, text_tower
+from clipfast.models.resnet import resnet_tower
 
 
 def pixels_of(player, grid, patch):
@@ -39,10 +40,17 @@ def shapley(value, players):
     return torch.from_numpy(phi)
 
 
-@pytest.mark.parametrize(("size", "players"), [((64, 64), 2), ((48, 80), 7), ((48, 80), 2)])
-def test_few_players_get_shapley_values(build_clip, size, players):
-    model = build_clip(image_size=size, patch_size=16 if players == 2 else 24).double()
-    tower, x = image_tower(model), torch.randn(2, 3, *size, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("size", "players", "patch"), [((64, 64), 2, 16), ((48, 80), 7, 24), ((48, 80), 2, 16), ((64, 64), 2, None)]
+)
+def test_few_players_get_shapley_values(build_clip, build_resnet, size, players, patch):
+    if patch is None:
+        model = build_resnet(image_size=64, width=4).double()
+        tower = resnet_tower(model)
+    else:
+        model = build_clip(image_size=size, patch_size=patch).double()
+        tower = image_tower(model)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
     texts = F.normalize(torch.randn(2, 24, dtype=torch.float64), dim=-1)
     method = KernelShap(players=players)
     grid = tower.grid_of(x)

@@ -13,6 +13,7 @@ from clipfast.methods.masking import every_subset
 from clipfast.methods.rise import Rise
 from clipfast.models import tower as towers
 from clipfast.models.openclip import image_tower, text_tower
+from clipfast.models.resnet import resnet_tower
 
 
 def authors_masks(grids, shifts, size):
@@ -55,6 +56,18 @@ def test_maps_are_the_authors(build_clip, size, cells, p):
     values, weights = explained.prompt_free()
     torch.testing.assert_close((texts @ values.mT) * weights[:, None], expected.flatten(2), rtol=0, atol=1e-10)
     assert method.grid(image_tower(model), size) == size
+
+
+def test_resnets(build_resnet):
+    model = build_resnet(image_size=64, width=4).double()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    text = F.normalize(torch.randn(24, dtype=torch.float64), dim=-1)
+    method = Rise(masks=5)
+    masks = method.draw((64, 64))(0, 5, x)
+    with torch.no_grad():
+        scores = F.normalize(model.encode_image(x * masks[:, None]), dim=-1) @ text
+    found = method.image(resnet_tower(model), x).maps(text[None])[0, 0]
+    torch.testing.assert_close(found, (scores[:, None, None] * masks / 0.5).mean(0).flatten(), rtol=0, atol=1e-10)
 
 
 def test_cells_are_kept_with_their_probability():
