@@ -13,14 +13,17 @@ from clipfast.methods.gem import Gem
 from clipfast.methods.grad_cam import GradCam
 from clipfast.methods.grad_eclip import GradEclip
 from clipfast.methods.group_cam import GroupCam
+from clipfast.methods.integrated_gradients import IntegratedGradients
 from clipfast.methods.kernel_shap import KernelShap
 from clipfast.methods.leave_one_out import LeaveOneOut
 from clipfast.methods.legrad import LeGrad
 from clipfast.methods.library_cam import GradCamPlusPlus, LayerCam, XGradCam
 from clipfast.methods.m2ib import M2IB
 from clipfast.methods.mask_clip import MaskClip
+from clipfast.methods.mga_clip import MgaClip
 from clipfast.methods.mmel import Mmel
 from clipfast.methods.rise import Rise
+from clipfast.methods.saliency import Saliency, SmoothGrad
 from clipfast.methods.score_cam import GScoreCam, ScoreCam
 from clipfast.methods.tclip import Tclip
 
@@ -28,6 +31,10 @@ METHODS: dict[str, type[Method]] = {
     "grad_eclip": GradEclip,
     "tclip": Tclip,
     "mmel": Mmel,
+    "mga_clip": MgaClip,
+    "integrated_gradients": IntegratedGradients,
+    "saliency": Saliency,
+    "smooth_grad": SmoothGrad,
     "mask_clip": MaskClip,
     "clip_surgery": ClipSurgery,
     "gem": Gem,

@@ -158,7 +158,7 @@ class IntegratedGradients(Method):
         start = torch.where(inside[..., None], tower.positions[:length].to(end.dtype), end)
         path = Path(start, end, 0)
         if block is not None:
-            path = Path(*(tower.run(h, stop=block, mask=mask) for h in (start, end)), block)
+            path = Path(tower.run(start, stop=block, mask=mask), tower.run(end, stop=block, mask=mask), block)
 
         def encode(points: Tensor) -> Tensor:
             of_each = pooled.repeat(len(points) // len(pooled))
