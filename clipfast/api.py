@@ -221,8 +221,9 @@ class Explainer:
         texts = [text] if isinstance(text, str) else list(text)
         embedding = self._embedding(image)
         found: list[Words] = []
-        for start in range(0, len(texts), _TEXTS):
-            found += self._words(embedding, texts[start : start + _TEXTS])
+        step = _TEXTS // 8 if self._run.keeps_activations else _TEXTS
+        for start in range(0, len(texts), step):
+            found += self._words(embedding, texts[start : start + step])
         return found[0] if isinstance(text, str) else found
 
     def _explains(self, side: str) -> None:
@@ -251,6 +252,7 @@ class Explainer:
         explained = self._run.text(tower, ids, inside)
         self._check_finite(explained.z, {})
         maps, scores = explained.maps(embedding[None])[:, 0], explained.z @ embedding
+        signed = bool(getattr(self._run, "signed", False) or (maps < 0).any())
         extras = {name: values[:, 0].tolist() for name, values in explained.extras().items()}
         return [
             Words(
@@ -261,6 +263,7 @@ class Explainer:
                 token_values=values[[p for _, positions in words for p in positions]],
                 score=float(score),
                 extras={name: found[i] for name, found in extras.items()},
+                signed=signed,
             )
             for i, (text, words, row, values, score) in enumerate(zip(texts, spans, ids, maps, scores, strict=True))
         ]

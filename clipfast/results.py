@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,9 +21,16 @@ from clipfast.errors import ImageError, InputError, TextError
 from clipfast.methods.base import Relu, combine
 from clipfast.ops.minmax import minmax
 
+if TYPE_CHECKING:
+    from clipfast.view.report import Strip
+
 Source = str | Path | Image.Image | None
 
 _REPORT_SIDE = 1024
+# Longer side of a strip's pictures in a report, which shows them small.
+_WORD_SIDE = 64
+# The share of a pixel map's values that is drawn no stronger than the rest.
+_OUTLIERS = 0.005
 
 
 @dataclass
@@ -31,7 +38,8 @@ class Words:
     """A text's map: what each word does for the score with one image.
 
     words: the W words; values (W,): the sum over each word's BPE pieces, raw. tokens and token_values: the pieces
-    themselves. score: cosine similarity, equal to the model's own. extras: see `Attribution`.
+    themselves. score: cosine similarity, equal to the model's own. extras: see `Attribution`. signed: whether a value
+    says which way a word counts, not only how much.
     """
 
     text: str
@@ -41,6 +49,7 @@ class Words:
     token_values: Tensor
     score: float
     extras: dict[str, float] = field(default_factory=dict)
+    signed: bool = False
 
     def pairs(self) -> list[tuple[str, float]]:
         """(word, value) in the order of the text."""
@@ -116,6 +125,41 @@ class Attribution:
             raise self.errors.get(index) or InputError(f"image {index} has no geometry to resize its maps to.")
         return geometry.to_image(maps)
 
+    def drawable(
+        self, index: int, prompts: list[int], side: int | None = None, *, together: bool = False
+    ) -> tuple[Tensor, str]:
+        """Maps of image `index` as they are drawn on its pixels: (P, H, W) in 0..1, and the palette's name.
+
+        See `view.overlay.drawable`. side: no more pixels than this on the longer side. together: one scale for all.
+        """
+        from clipfast.view.overlay import drawable
+
+        geometry, maps = self.geometries[index], self.maps[index][prompts]
+        assert geometry is not None
+        pixels = tuple(maps.shape[-2:]) == geometry.input
+        unit, palette = drawable(maps, outliers=_OUTLIERS if pixels else 0.0, together=together)
+        longer = max(geometry.height, geometry.width)
+        if side is not None and longer > side:
+            geometry = geometry.resized(*(max(1, round(s * side / longer)) for s in (geometry.height, geometry.width)))
+        return geometry.to_image(unit, outside=0.5 if palette == "signed" else 0.0), palette
+
+    def strip(self, index: int, **options: Any) -> Image.Image:
+        """The maps of image `index` side by side, each word or prompt beneath its own, on one scale.
+
+        options: those of `view.strip`.
+
+        Raises InputError for an image that is only known as a normalised tensor.
+        """
+        from clipfast.view.figure import strip
+
+        picture = self.picture(index)
+        if picture is None:
+            raise InputError(f"image {index} came as a normalised tensor, whose picture is not known.")
+        prompts = self.prompts(index)
+        heat, palette = self.drawable(index, list(range(len(prompts))), _REPORT_SIDE, together=True)
+        options = {"title": self.sentence, "colormap": palette, **options}
+        return strip(picture, heat, prompts, **options)
+
     def title(self, index: int) -> str:
         """A name for image `index`: its file's, or its number."""
         source = self.sources[index]
@@ -139,7 +183,9 @@ class Attribution:
         top: of more prompts than this, only each image's best-scoring get a PNG; the .npz holds all.
 
         The .npz holds maps (P, h, w), scores (P,), texts, box (left, top, right, bottom of the input in original
-        pixels) and size (height, width of the original).
+        pixels) and size (height, width of the original), and `extras` under their names, (P,) each. Where words were
+        mapped it holds word_maps (W, h, w), words (W,) and word_texts (W,): which text each belongs to; and each of the
+        prompts gets a PNG with the strip of its words.
         """
         from clipfast.view.files import save_image
         from clipfast.view.overlay import overlay
@@ -155,14 +201,7 @@ class Attribution:
             path = folder / f"{stem}.npz"
             partial = path.with_suffix(".npz.partial")
             with partial.open("wb") as file:
-                np.savez_compressed(
-                    file,
-                    maps=self.maps[i].cpu().numpy(),
-                    scores=self.scores[i].cpu().numpy(),
-                    texts=np.array(self.prompts(i)),
-                    box=np.array(geometry.box),
-                    size=np.array((geometry.height, geometry.width)),
-                )
+                np.savez_compressed(file, **self._arrays(i, geometry))
             partial.replace(path)
             written.append(path)
             picture = self.picture(i) if overlays else None
@@ -170,9 +209,27 @@ class Attribution:
                 continue
             chosen, prompts = self.best(i, top), self.prompts(i)
             for prompt, name in zip(chosen, _unique([_slug(prompts[p]) for p in chosen]), strict=True):
-                heat = geometry.to_image(_unit(self.maps[i][prompt]))
-                written.append(save_image(overlay(picture, heat), folder / f"{stem}--{name}.png"))
+                heat, palette = self.drawable(i, [prompt])
+                written.append(save_image(overlay(picture, heat[0], colormap=palette), folder / f"{stem}--{name}.png"))
+                if self.word_maps:
+                    written.append(save_image(self.word_maps[prompt].strip(i), folder / f"{stem}--{name}--words.png"))
         return written
+
+    def _arrays(self, index: int, geometry: Geometry) -> dict[str, Any]:
+        arrays: dict[str, Any] = {
+            "maps": self.maps[index].cpu().numpy(),
+            "scores": self.scores[index].cpu().numpy(),
+            "texts": np.array(self.prompts(index)),
+            "box": np.array(geometry.box),
+            "size": np.array((geometry.height, geometry.width)),
+            **{name: values[index].cpu().numpy() for name, values in self.extras.items()},
+        }
+        if self.word_maps:
+            words = [each.prompts(index) for each in self.word_maps]
+            arrays["word_maps"] = torch.cat([each.maps[index] for each in self.word_maps]).cpu().numpy()
+            arrays["words"] = np.array([word for some in words for word in some])
+            arrays["word_texts"] = np.repeat(np.arange(len(words)), [len(some) for some in words])
+        return arrays
 
     def report(self, path: str | Path, *, top: int | None = None) -> Path:
         """Write one self-contained HTML page: every image with its maps, scores and words.
@@ -190,8 +247,8 @@ class Attribution:
                 picture = picture.copy()
                 picture.thumbnail((_REPORT_SIDE, _REPORT_SIDE), Image.Resampling.LANCZOS)
                 chosen, prompts = self.best(i, top), self.prompts(i)
-                heat = geometry.resized(picture.height, picture.width).to_image(_unit(self.maps[i][chosen]))
-                words = {w.text: w.pairs() for w in self.words.get(i, [])}
+                heat, palette = self.drawable(i, chosen, _REPORT_SIDE)
+                words = self.words.get(i, [])
                 items.append(
                     ReportItem(
                         title=self.title(i),
@@ -199,12 +256,23 @@ class Attribution:
                         prompts=[prompts[p] for p in chosen],
                         heat=heat.cpu(),
                         scores=self.scores[i][chosen].tolist(),
-                        words=words or None,
+                        words={w.text: w.pairs() for w in words} or None,
+                        signed_words=any(w.signed for w in words),
+                        strips={prompts[p]: self.word_maps[p]._strip(i) for p in chosen} if self.word_maps else None,
+                        extras={name: values[i][chosen].tolist() for name, values in self.extras.items()},
+                        palette=palette,
                     )
                 )
         failures = {self.title(i): str(error) for i, error in self.errors.items()}
         write_report(path, items, method=self.method, model=self.model, seconds=self.seconds, failures=failures)
         return Path(path)
+
+    def _strip(self, index: int) -> Strip:
+        from clipfast.view.report import Strip
+
+        prompts = self.prompts(index)
+        heat, palette = self.drawable(index, list(range(len(prompts))), _WORD_SIDE, together=True)
+        return Strip(prompts, heat.cpu(), self.scores[index].tolist(), palette)
 
     def to_json(self) -> list[dict[str, Any]]:
         """One plain record an image: prompts, scores, where each map peaks (x, y in original pixels), words, error."""
@@ -214,14 +282,30 @@ class Attribution:
             if i in self.errors:
                 records.append({**record, "error": str(self.errors[i])})
                 continue
-            record["prompts"] = [
-                {"text": text, "score": score, "peak": _peak(m, self.geometries[i])}
-                for text, score, m in zip(self.prompts(i), self.scores[i].tolist(), self.maps[i], strict=True)
-            ]
+            record["prompts"] = self._prompt_records(i)
             if i in self.words:
-                record["words"] = [{"text": w.text, "score": w.score, "words": w.pairs()} for w in self.words[i]]
+                record["words"] = [
+                    {"text": w.text, "score": w.score, "words": w.pairs(), **w.extras} for w in self.words[i]
+                ]
+            if self.word_maps:
+                record["word_maps"] = [
+                    {"text": each.sentence, "words": each._prompt_records(i)} for each in self.word_maps
+                ]
             records.append(record)
         return records
+
+    def _prompt_records(self, index: int) -> list[dict[str, Any]]:
+        extras = {name: values[index].tolist() for name, values in self.extras.items()}
+        columns = zip(self.prompts(index), self.scores[index].tolist(), self.maps[index], strict=True)
+        return [
+            {
+                "text": text,
+                "score": score,
+                "peak": _peak(m, self.geometries[index]),
+                **{name: values[p] for name, values in extras.items()},
+            }
+            for p, (text, score, m) in enumerate(columns)
+        ]
 
 
 @dataclass
@@ -336,11 +420,11 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 def _peak(m: Tensor, geometry: Geometry | None) -> list[float] | None:
-    """(x, y) in original pixels of the centre of a map's hottest patch; None for a map without heat."""
+    """(x, y) in original pixels of the centre of a map's hottest place; None for a map without heat."""
     if geometry is None or not bool(m.max() > m.min()):
         return None
     row, column = divmod(int(m.argmax()), m.shape[1])
-    height, width = geometry.covered
+    height, width = geometry.input if tuple(m.shape) == geometry.input else geometry.covered
     at = geometry.from_input(torch.tensor(((column + 0.5) * width / m.shape[1], (row + 0.5) * height / m.shape[0])))
     return [round(v, 1) for v in at.tolist()]
 

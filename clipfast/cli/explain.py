@@ -81,8 +81,7 @@ def explain(
     with staging(out, "explain") as stage:
         explainer = build_explainer(model, pretrained, device, precision, resize, method, parameters)
         warn_of_demo(model)
-        with progress("explaining", len(found)) as advance:
-            result = explainer(found, prompts, on_error="skip", progress=advance)
+        result = _explain(explainer, found, prompts, words)
         if len(result.errors) == len(found):
             _print_failures(result)
             raise typer.Exit(BAD_INPUT)
@@ -138,6 +137,24 @@ def read_texts(file: Path) -> list[str]:
     return lines
 
 
+def _explain(explainer: Explainer, images: list[Path], prompts: list[str], wanted: bool | None) -> Attribution:
+    """The maps, and in the same pass those of the texts' words where the method has them."""
+    from clipfast.methods import METHODS
+
+    few = len(images) * len(prompts) <= _WORD_MAPS
+    words = METHODS[explainer.method].maps_words and (few if wanted is None else wanted)
+    with progress("explaining", len(images)) as advance:
+        try:
+            return explainer(images, prompts, words=words, on_error="skip", progress=advance)
+        except TextError as failure:
+            if wanted or not words:
+                raise
+            unread = failure
+        result = explainer(images, prompts, on_error="skip", progress=advance)
+    note(f"the words are not mapped: {unread}")
+    return result
+
+
 def _explain_words(
     explainer: Explainer,
     result: Attribution,
@@ -145,11 +162,14 @@ def _explain_words(
     wanted: bool | None,
     parameters: list[str] | None,
 ) -> None:
+    """Add what each text's words do for its score, where the method explains texts; strips of word maps serve, too."""
     from clipfast.methods import METHODS
 
     good = [i for i in range(len(result)) if i not in result.errors]
-    count = len(good) * len(prompts)
-    if wanted is False or (wanted is None and (count > _WORD_MAPS or "text" not in METHODS[result.method].sides())):
+    has_side = "text" in METHODS[result.method].sides()
+    if wanted is False or (not has_side and (wanted is None or result.word_maps)):
+        return
+    if wanted is None and len(good) * len(prompts) > _WORD_MAPS:
         return
     try:
         explainer = build_for_words(explainer, parameters)
@@ -191,31 +211,37 @@ def _document(result: Attribution, folder: Path, files: list[Path]) -> dict[str,
 
 
 def _print_scores(result: Attribution, top: int) -> None:
-    from clipfast.view.words import terminal
+    from clipfast.view.words import legend, terminal
 
+    found = [words for of_image in result.words.values() for words in of_image]
+    signed = any(words.signed for words in found)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("image")
     table.add_column("text")
-    table.add_column("score", justify="right")
+    for name in ("score", *result.extras):
+        table.add_column(name, justify="right")
     rows = 0
     for i in range(len(result)):
         if i in result.errors:
             continue
-        prompts, coloured = result.prompts(i), {w.text: terminal(w.pairs()) for w in result.words.get(i, [])}
+        prompts, coloured = (
+            result.prompts(i),
+            {w.text: terminal(w.pairs(), signed=signed) for w in result.words.get(i, [])},
+        )
         for n, p in enumerate(result.best(i, top)):
             rows += 1
             if rows <= _ROWS:
                 title = Text(result.title(i) if n == 0 else "")
-                table.add_row(title, coloured.get(prompts[p], Text(prompts[p])), f"{result.scores[i, p]:.3f}")
+                extras = [f"{values[i, p]:.2g}" for values in result.extras.values()]
+                text = coloured.get(prompts[p], Text(prompts[p]))
+                table.add_row(title, text, f"{result.scores[i, p]:.3f}", *extras)
     console = stdout()
     console.print(table)
     total = result.scores[0].numel() * (len(result) - len(result.errors))
     if total > min(rows, _ROWS):
         console.print(f"... and {total - min(rows, _ROWS):,} more", style="dim")
     maps = f"{total:,} map{'s' if total > 1 else ''} by {result.method} with {result.model} in {result.seconds:.2f} s"
-    console.print(
-        maps + ("; words: green for the score, red against it" if result.words else ""), style="dim", soft_wrap=True
-    )
+    console.print(maps + (f"; words: {legend(signed)}" if result.words else ""), style="dim", soft_wrap=True)
 
 
 def _print_failures(result: Attribution) -> None:

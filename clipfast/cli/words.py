@@ -46,7 +46,8 @@ def words(
     clipfast words photo.jpg "a dog on a beach" "a cat on a sofa" -m ViT-B-16:openai
     clipfast words photo.jpg "a dog on a beach" -m ViT-B-16:openai --json
 
-    Values are signed, unless --set signed=false keeps only what speaks for the score.
+    Values are signed where the method tells for from against, unless --set signed=false keeps only what speaks for the
+    score; other methods colour by how much a word counts, in one colour.
     """
     prompts = [*(sentences or []), *(texts or [])]
     if image is None:
@@ -57,7 +58,7 @@ def words(
     if swapped is not None:
         raise InputError(f"the image comes first: clipfast words {shlex.quote(swapped)} {shlex.quote(image)}")
     from clipfast.data.images import read_image
-    from clipfast.view.words import terminal
+    from clipfast.view.words import legend, terminal
 
     picture = read_image(image)
     explainer = build_explainer(model, pretrained, device, precision, resize, method, parameters)
@@ -70,14 +71,19 @@ def words(
                 "score": each.score,
                 "words": each.pairs(),
                 "tokens": list(zip(each.tokens, each.token_values.tolist(), strict=True)),
+                **each.extras,
             }
             for each in found
         ]
         print_json({"model": explainer.model.name, "method": method, "image": image, "texts": texts_found})
         return
     console = stdout()
+    signed = any(each.signed for each in found)
+    form = "+.2g" if signed else ".2g"
     for each in found:
-        line = Text.assemble((f"{each.score:.3f}", "bold"), "  ", terminal(each.pairs()))
+        line = Text.assemble((f"{each.score:.3f}", "bold"), "  ", terminal(each.pairs(), signed=signed))
         console.print(line, soft_wrap=True)
-        values = " " * 7 + "  ".join(f"{word} {value:+.2g}" for word, value in each.pairs())
-        console.print(Text(values, style="dim"), soft_wrap=True)
+        values = "  ".join(f"{word} {value:{form}}" for word, value in each.pairs())
+        more = "".join(f"; {name} {value:.2g}" for name, value in each.extras.items())
+        console.print(Text(" " * 7 + values + more, style="dim"), soft_wrap=True)
+    console.print(legend(signed), style="dim", soft_wrap=True)

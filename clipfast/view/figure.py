@@ -1,4 +1,4 @@
-"""Contact sheets: pictures down, prompts across."""
+"""Contact sheets, pictures down and prompts across; and a sentence as a strip of maps, one a word."""
 
 from __future__ import annotations
 
@@ -72,6 +72,59 @@ def grid(
                 draw.text((left, top + i * line), text, fill=_INK if column else _FAINT, font=font)
             sheet.paste(picture, (left + (cell - picture.width) // 2, top + height - picture.height))
         top += height + gap
+    return sheet
+
+
+def strip(
+    image: Image.Image,
+    heat: Heat,
+    words: Sequence[str],
+    *,
+    scores: Sequence[float] | None = None,
+    title: str | None = None,
+    cell: int = 150,
+    columns: int = 8,
+    alpha: float | None = None,
+    colormap: str = "heat",
+) -> Image.Image:
+    """One sentence as a strip: the picture, and then its heat map for each word, the word beneath.
+
+    heat: (W, H, W') in 0..1, of any resolution, one map a word; one scale for all lets a reader compare them.
+    scores: W numbers, written small beneath the words.
+    title: a line above, such as the sentence.
+    cell: pixels of a picture's longer side. columns: cells in a row before the strip goes on in the next.
+    alpha, colormap: as for `overlay`.
+
+    Raises InputError where these do not belong together, or as `overlay` does.
+    """
+    maps = checked(heat)
+    if maps.ndim != 3 or len(maps) != len(words) or (scores is not None and len(scores) != len(words)):
+        raise InputError(
+            f"a strip needs heat of shape ({len(words)}, H, W), and as many scores if any, for {len(words)} words; "
+            f"not {maps.shape}{'' if scores is None else f' and {len(scores)}'}."
+        )
+    fitted = _fit(image, cell)
+    pictures = [fitted, *(overlay(fitted, m, alpha, colormap) for m in maps)]
+    captions = ["", *words]
+    numbers = [""] * len(captions) if scores is None else ["", *(f"{score:.2f}" for score in scores)]
+    font, small = _font(max(cell // 10, 9)), _font(max(cell // 14, 8))
+    gap, line = max(cell // 14, 4), round(font.size * 1.5)
+    across = min(len(pictures), max(columns, 1))
+    high = fitted.height + line + (0 if scores is None else round(small.size * 1.5)) + gap
+    head = 0 if title is None else round(font.size * 1.9)
+    width = gap + across * (fitted.width + gap)
+    sheet = Image.new("RGB", (width, gap + head + -(-len(pictures) // across) * high), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title is not None:
+        draw.text((gap, gap), _cut(title, font, width - 2 * gap), fill=_INK, font=font)
+    corners = Image.new("L", fitted.size, 0)
+    ImageDraw.Draw(corners).rounded_rectangle((0, 0, fitted.width - 1, fitted.height - 1), gap // 2, fill=255)
+    for i, (picture, caption, number) in enumerate(zip(pictures, captions, numbers, strict=True)):
+        left, top = gap + i % across * (fitted.width + gap), gap + head + i // across * high
+        sheet.paste(picture, (left, top), corners)
+        middle, base = left + fitted.width // 2, top + fitted.height + line // 4
+        draw.text((middle, base), _cut(caption, font, fitted.width), fill=_INK, font=font, anchor="ma")
+        draw.text((middle, base + line), number, fill=_FAINT, font=small, anchor="ma")
     return sheet
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -15,6 +16,8 @@ Heat = np.ndarray | Tensor
 
 # Below the first value a map is transparent, above the second it has its full weight.
 _RAMP = (0.08, 0.45)
+# A map counts as of one sign if nothing lies further below zero than this share of its largest magnitude.
+_ONE_SIGN = 0.02
 
 
 @cache
@@ -44,6 +47,27 @@ def palette(name: str = "heat") -> np.ndarray:
     table = np.rint(rgba * 255).astype(np.uint8)
     table.setflags(write=False)
     return table
+
+
+def drawable(maps: Tensor, *, outliers: float = 0.0, together: bool = False) -> tuple[Tensor, str]:
+    """Raw maps (P, h, w) as they are drawn: values in 0..1, and the palette that shows them.
+
+    Maps of one sign go from their least to their greatest value, "heat", and a constant one is nothing. Where anything
+    lies below zero by more than 2 % of the largest magnitude they are "signed", and 0.5 is zero.
+
+    outliers: this share of each map's strongest values is drawn no stronger than the rest: single pixels can lie far
+        above all others. together: one scale for all maps, in place of one for each.
+    """
+    values = maps.flatten(1)
+    signed = bool(values.min() < -_ONE_SIGN * values.abs().max())
+    strength = values.abs() if signed else values
+    high = strength.kthvalue(max(1, math.ceil((1 - outliers) * values.shape[1])), dim=1, keepdim=True).values
+    low = torch.zeros_like(high) if signed else values.amin(1, keepdim=True)
+    if together:
+        high, low = high.amax().expand_as(high), low.amin().expand_as(low)
+    span = torch.where(high > low, high - low, torch.inf)
+    unit = ((values - low) / span).clamp(-1, 1)
+    return (0.5 + 0.5 * unit if signed else unit).view(maps.shape), "signed" if signed else "heat"
 
 
 def checked(heat: Heat) -> np.ndarray:

@@ -2,11 +2,13 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const palettes = { palette: bytes(data.palette), jet: bytes(data.jet) };
-  const strongest = { palette: 75, jet: 50 };
+  const palettes = Object.fromEntries(Object.entries(data.palettes).map(([name, text]) => [name, bytes(text)]));
+  const strongest = { heat: 75, jet: 50 };
   const opacity = document.getElementById("opacity");
   const choice = document.getElementById("palette");
   const shown = new Set();
+  const signed = data.items.some((item) => item.prompts.some((prompt) => prompt.palette === "signed"));
+  const table = (map) => palettes[map.palette === "signed" ? "signed" : choice.value];
 
   const make = (tag, className, text) => {
     const element = document.createElement(tag);
@@ -16,10 +18,10 @@
   };
 
   // Decoded once for each map, on its first showing.
-  async function levels(prompt) {
-    if (!prompt.levels) {
+  async function levels(shownMap) {
+    if (!shownMap.levels) {
       const image = new Image();
-      image.src = prompt.map;
+      image.src = shownMap.map;
       await image.decode();
       const canvas = make("canvas");
       canvas.width = image.width;
@@ -29,9 +31,9 @@
       const rgba = context.getImageData(0, 0, image.width, image.height).data;
       const grey = new Uint8Array(rgba.length / 4);
       for (let i = 0; i < grey.length; i++) grey[i] = rgba[4 * i];
-      prompt.levels = { grey, width: image.width, height: image.height };
+      shownMap.levels = { grey, width: image.width, height: image.height };
     }
-    return prompt.levels;
+    return shownMap.levels;
   }
 
   // Between map cells, heat is interpolated first and coloured after, as between patch centres.
@@ -67,17 +69,56 @@
     context.putImageData(out, 0, 0);
   }
 
-  function wordsOf(prompt) {
+  function wordsOf(prompt, bothWays) {
     const box = make("div", "words");
-    box.append(make("p", "", "Words: green speaks for the match, red against it"));
+    box.append(make("p", "", `Words: ${bothWays ? data.legends.signed : data.legends.plain}`));
     for (const { word, value, strength } of prompt.words) {
-      const [r, g, b] = strength > 0 ? data.colours.for : data.colours.against;
+      const [r, g, b] = !bothWays ? data.colours.counts : strength > 0 ? data.colours.for : data.colours.against;
       const span = make("span", "", word);
       span.style.background = `rgba(${r}, ${g}, ${b}, ${Math.abs(strength) * 0.75})`;
-      span.title = (value > 0 ? "+" : "") + value.toPrecision(3);
+      span.title = (bothWays && value > 0 ? "+" : "") + value.toPrecision(3);
       box.append(span);
     }
     return box;
+  }
+
+  // A sentence as small pictures, one a word; pressing one shows its map large, pressing it again the sentence's.
+  function stripOf(prompt, image, aspect, choose) {
+    const box = make("section", "strip"), tiles = make("div", "tiles");
+    box.append(make("h3", "", "Word by word"), tiles);
+    box.append(make("p", "", "One scale for the whole sentence. Choose a word to see its map large."));
+    box.setAttribute("aria-label", `Word by word: ${prompt.text}`);
+    const drawn = prompt.strip.map((word, index) => {
+      const tile = make("button", "tile"), thumb = make("span", "thumb"), photo = make("canvas"), heat = make("canvas");
+      tile.type = "button";
+      tile.setAttribute("aria-pressed", "false");
+      tile.title = `Similarity ${word.score.toFixed(3)}`;
+      tile.addEventListener("click", () => choose(index));
+      thumb.style.setProperty("--aspect", aspect);
+      for (const canvas of [photo, heat]) {
+        canvas.width = Math.round(192 * aspect);
+        canvas.height = 192;
+        canvas.setAttribute("aria-hidden", "true");
+      }
+      heat.className = "heat";
+      thumb.append(photo, heat);
+      tile.append(thumb, make("span", "word", word.text));
+      tiles.append(tile);
+      return { tile, word, photo, heat };
+    });
+    return {
+      box,
+      press(index) { drawn.forEach(({ tile }, i) => tile.setAttribute("aria-pressed", String(i === index))); },
+      async draw() {
+        await image.decode();
+        for (const { word, photo, heat } of drawn) {
+          const context = photo.getContext("2d");
+          context.imageSmoothingQuality = "high";
+          context.drawImage(image, 0, 0, photo.width, photo.height);
+          paint(heat, await levels(word), table(word));
+        }
+      },
+    };
   }
 
   function card(item, number) {
@@ -91,6 +132,7 @@
     stack.style.setProperty("--aspect", aspect);
     canvas.width = Math.round(640 * Math.min(aspect, 1));
     canvas.height = Math.round(640 / Math.max(aspect, 1));
+    canvas.className = "heat";
     canvas.setAttribute("aria-hidden", "true");
     stack.append(image, canvas);
     picture.append(stack);
@@ -118,6 +160,8 @@
       fill.style.width = `${(100 * Math.abs(prompt.score)) / span}%`;
       track.append(fill);
       row.append(input, make("span", "text", prompt.text), make("span", "score", prompt.score.toFixed(3)), track);
+      const more = Object.entries(prompt.extras).map(([name, value]) => `${name} ${value}`);
+      if (more.length) row.append(make("span", "extras", more.join(" · ")));
       list.append(row);
       return input;
     });
@@ -146,23 +190,42 @@
 
     const state = {
       index: -1,
+      word: -1,
+      strip: null,
       length: item.prompts.length,
       async draw() {
         const prompt = item.prompts[state.index];
         if (!prompt || !shown.has(state)) return;
-        const map = await levels(prompt);
-        if (prompt === item.prompts[state.index]) paint(canvas, map, palettes[choice.value]);
+        const wanted = () => (state.word < 0 ? item.prompts[state.index] : item.prompts[state.index].strip[state.word]);
+        const map = wanted(), found = await levels(map);
+        if (map === wanted()) paint(canvas, found, table(map));
+      },
+      // All of it, where what is seen has come into view or changed its colours; else the large map alone.
+      redraw() {
+        state.draw();
+        if (state.strip && shown.has(state)) state.strip.draw();
+      },
+      choose(word) {
+        state.word = word === state.word ? -1 : word;
+        const prompt = item.prompts[state.index];
+        const asked = state.word < 0 ? prompt.text : `the word ${prompt.strip[state.word].text} of ${prompt.text}`;
+        image.alt = `${item.title}, heat map for: ${asked}`;
+        if (state.strip) state.strip.press(state.word);
+        state.draw();
       },
       show(index) {
         state.index = index;
         inputs[index].checked = true;
         const prompt = item.prompts[index];
         words.replaceChildren();
-        if (prompt.words && prompt.words.length) words.append(wordsOf(prompt));
-        image.alt = `${item.title}, heat map for: ${prompt.text}`;
-        state.draw();
+        if (prompt.words && prompt.words.length) words.append(wordsOf(prompt, item.signedWords));
+        if (state.strip) state.strip.box.remove();
+        state.strip = prompt.strip && stripOf(prompt, image, Math.min(Math.max(aspect, 1 / 2), 2), state.choose);
+        if (state.strip) article.append(state.strip.box);
+        state.word = -1;
+        state.choose(-1);
+        if (state.strip && shown.has(state)) state.strip.draw();
       },
-      canvas,
       article,
     };
     if (!item.prompts.length) list.replaceWith(make("p", "empty", "No prompts."));
@@ -176,7 +239,7 @@
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       const state = cards[Number(entry.target.dataset.index)];
-      if (entry.isIntersecting) { shown.add(state); state.draw(); } else { shown.delete(state); }
+      if (entry.isIntersecting) { shown.add(state); state.redraw(); } else { shown.delete(state); }
     }
   }, { rootMargin: "400px" });
   cards.forEach((state, index) => {
@@ -187,13 +250,13 @@
 
   function fade() {
     document.getElementById("percent").value = `${opacity.value} %`;
-    for (const state of cards) state.canvas.style.opacity = opacity.value / 100;
+    document.body.style.setProperty("--opacity", opacity.value / 100);
   }
 
   function legend() {
     const context = document.getElementById("legend").getContext("2d");
     const out = context.createImageData(256, 1);
-    out.data.set(palettes[choice.value]);
+    out.data.set(palettes[signed ? "signed" : choice.value]);
     context.putImageData(out, 0, 0);
   }
 
@@ -208,8 +271,13 @@
     opacity.value = strongest[choice.value];
     fade();
     legend();
-    cards.forEach((state) => state.draw());
+    cards.forEach((state) => state.redraw());
   });
+  if (signed) {
+    document.getElementById("choice").hidden = true;
+    document.getElementById("least").textContent = "against";
+    document.getElementById("most").textContent = "for";
+  }
   document.getElementById("previous").addEventListener("click", () => step(-1));
   document.getElementById("next").addEventListener("click", () => step(1));
   document.getElementById("bar").hidden = !cards.some((state) => state.length);

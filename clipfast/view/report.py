@@ -27,7 +27,27 @@ from clipfast.view.overlay import Heat, checked, palette
 # Maps come from a few dozen patches a side: stored no wider than this and interpolated by the page, they lose nothing.
 _MAP_SIDE = 112
 _IMAGE_SIDE = 1024
+# Maps of single words are first seen as small pictures, and there are many.
+_WORD_SIDE = 64
 _NOTE = "Bright patches raise the similarity of image and prompt. Each map is scaled to its own brightest patch."
+_SIGNED_NOTE = (
+    "Green patches raise the similarity of image and prompt, purple ones lower it. "
+    "Each map is scaled to its own strongest patch."
+)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One sentence as maps of its words.
+
+    words: W words, in reading order. heat: (W, H, W') in 0..1, one map a word, on one scale. scores: W numbers.
+    palette: as of a `ReportItem`.
+    """
+
+    words: Sequence[str]
+    heat: Heat
+    scores: Sequence[float]
+    palette: str = "heat"
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,10 @@ class ReportItem:
     prompts: P texts.
     heat: (P, H, W) in 0..1, of any resolution: each map is stretched over the whole picture.
     scores: P numbers, the cosine similarities.
-    words: for some of the prompts, (word, value) in reading order.
+    words: for some of the prompts, (word, value) in reading order; signed_words: whether a value says which way.
+    strips: for some of the prompts, maps of their words.
+    extras: what else the method says, by name, P numbers each.
+    palette: "heat", or "signed" for maps whose 0.5 is nothing.
     """
 
     title: str
@@ -48,6 +71,10 @@ class ReportItem:
     heat: Heat
     scores: Sequence[float]
     words: Mapping[str, Sequence[tuple[str, float]]] | None = None
+    signed_words: bool = True
+    strips: Mapping[str, Strip] | None = None
+    extras: Mapping[str, Sequence[float]] | None = None
+    palette: str = "heat"
 
 
 def write_report(
@@ -59,7 +86,7 @@ def write_report(
     seconds: float,
     failures: Mapping[str, str] | None = None,
     title: str = "Heat maps",
-    note: str = _NOTE,
+    note: str | None = None,
     created: datetime | None = None,
     versions: Mapping[str, str] | None = None,
 ) -> Path:
@@ -68,7 +95,7 @@ def write_report(
     method, model: their names, shown in the header with the number of images and maps and the time.
     seconds: how long explaining took.
     failures: name and one sentence for each image that could not be explained.
-    note: a sentence under the heading.
+    note: a sentence under the heading, by default how to read the maps.
     created: shown in the header, by default now; with it and `versions` given, the same input writes the same bytes.
     versions: names and versions in the footer, by default of clipfast, torch and Python.
 
@@ -76,11 +103,13 @@ def write_report(
     system does.
     """
     data = {
-        "palette": _base64(palette("heat").tobytes()),
-        "jet": _base64(palette("jet").tobytes()),
-        "colours": {"for": colours.FOR, "against": colours.AGAINST},
+        "palettes": {name: _base64(palette(name).tobytes()) for name in ("heat", "jet", "signed")},
+        "colours": {"for": colours.FOR, "against": colours.AGAINST, "counts": colours.COUNTS},
+        "legends": {"signed": colours.legend(True), "plain": colours.legend(False)},
         "items": [_item(item) for item in items],
     }
+    if note is None:
+        note = _SIGNED_NOTE if any(item.palette == "signed" for item in items) else _NOTE
     maps = sum(len(item.prompts) for item in items)
     facts = {
         "Method": method,
@@ -113,22 +142,44 @@ def _item(item: ReportItem) -> dict[str, Any]:
         )
     if not all(math.isfinite(s) for s in item.scores):
         raise InputError(f"{item.title}: a score is not finite.")
-    words = item.words or {}
+    words, strips = item.words or {}, item.strips or {}
+    extras = item.extras or {}
+    if any(len(values) != count for values in extras.values()):
+        raise InputError(f"{item.title}: {', '.join(extras)} need {count} numbers each, one for each prompt.")
     return {
         "title": item.title,
         "image": "data:image/jpeg;base64," + _base64(_jpeg(item.image)),
         "width": item.image.width,
         "height": item.image.height,
+        "signedWords": item.signed_words,
         "prompts": [
             {
                 "text": prompt,
                 "score": round(float(score), 6),
-                "map": "data:image/png;base64," + _base64(_png(values)),
+                "map": _png(heat[p]),
+                "palette": item.palette,
                 "words": _words(words[prompt]) if prompt in words else None,
+                "strip": _strip(item.title, strips[prompt]) if prompt in strips else None,
+                "extras": {name: f"{float(values[p]):.3g}" for name, values in extras.items()},
             }
-            for prompt, score, values in zip(item.prompts, item.scores, heat, strict=True)
+            for p, (prompt, score) in enumerate(zip(item.prompts, item.scores, strict=True))
         ],
     }
+
+
+def _strip(title: str, strip: Strip) -> list[dict[str, Any]]:
+    heat = checked(strip.heat)
+    if heat.ndim != 3 or not len(heat) == len(strip.words) == len(strip.scores):
+        raise InputError(f"{title}: {len(strip.words)} words need as many maps and scores, not {heat.shape}.")
+    return [
+        {
+            "text": word,
+            "score": round(float(score), 6),
+            "map": _png(values, _WORD_SIDE),
+            "palette": strip.palette,
+        }
+        for word, score, values in zip(strip.words, strip.scores, heat, strict=True)
+    ]
 
 
 def _words(pairs: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -145,15 +196,15 @@ def _jpeg(image: Image.Image) -> bytes:
     return encode_image(small, "JPEG", quality=86, optimize=True)
 
 
-def _png(values: np.ndarray) -> bytes:
+def _png(values: np.ndarray, side: int = _MAP_SIDE) -> str:
     height, width = values.shape
-    scale = min(1.0, _MAP_SIDE / max(height, width))
+    scale = min(1.0, side / max(height, width))
     small = Image.fromarray(values)
     if scale < 1:
         size = (max(round(width * scale), 1), max(round(height * scale), 1))
         small = small.resize(size, Image.Resampling.BILINEAR)
     grey = np.rint(np.asarray(small) * 255).clip(0, 255).astype(np.uint8)
-    return encode_image(Image.fromarray(grey), "PNG", optimize=True)
+    return "data:image/png;base64," + _base64(encode_image(Image.fromarray(grey), "PNG", optimize=True))
 
 
 def _failures(failures: Mapping[str, str]) -> str:

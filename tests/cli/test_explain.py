@@ -97,7 +97,7 @@ def test_nothing_is_left_when_no_image_can_be_read(run: Any) -> None:
         (["-m", "ViT-B-16:opnai"], "did you mean 'openai'?"),
         (["-m", "ViT-B-16"], "needs weights"),
         (["-m", "missing.pt"], "there is no checkpoint missing.pt"),
-        (["--method", "grad_eclp"], "did you mean 'grad_eclip'?"),
+        (["--method", "grad_eclp"], "did you mean 'grad_eclip'"),
         (["--set", "layrs=2"], "did you mean 'layers'?"),
         (["--set", "layers"], "should read NAME=VALUE"),
         (["--set", "signed=maybe"], "true or false"),

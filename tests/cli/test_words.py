@@ -13,7 +13,8 @@ def test_words_and_their_values(run: Any) -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     expected = clipfast.Explainer("demo", signed=True).words("scene.png", ["a red car", "a dog"])
-    assert [line for line in lines if "+" not in line and "-" not in line[6:]] == [
+    assert lines[-1] == "green for the score, red against it"
+    assert [line for line in lines[:-1] if "+" not in line and "-" not in line[6:]] == [
         f"{words.score:.3f}  {words.text}" for words in expected
     ]
     assert all(f"{word} {value:+.2g}" in result.stdout for words in expected for word, value in words.pairs())
