@@ -117,8 +117,10 @@ def strip(
     draw = ImageDraw.Draw(sheet)
     if title is not None:
         draw.text((gap, gap), _cut(title, font, width - 2 * gap), fill=_INK, font=font)
-    corners = Image.new("L", fitted.size, 0)
-    ImageDraw.Draw(corners).rounded_rectangle((0, 0, fitted.width - 1, fitted.height - 1), gap // 2, fill=255)
+    # Drawn larger and shrunk, for smooth corners.
+    corners = Image.new("L", (4 * fitted.width, 4 * fitted.height), 0)
+    ImageDraw.Draw(corners).rounded_rectangle((0, 0, corners.width - 1, corners.height - 1), 2 * gap, fill=255)
+    corners = corners.resize(fitted.size, Image.Resampling.BOX)
     for i, (picture, caption, number) in enumerate(zip(pictures, captions, numbers, strict=True)):
         left, top = gap + i % across * (fitted.width + gap), gap + head + i // across * high
         sheet.paste(picture, (left, top), corners)

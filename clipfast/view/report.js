@@ -84,9 +84,10 @@
 
   // A sentence as small pictures, one a word; pressing one shows its map large, pressing it again the sentence's.
   function stripOf(prompt, image, aspect, choose) {
-    const box = make("section", "strip"), tiles = make("div", "tiles");
-    box.append(make("h3", "", "Word by word"), tiles);
-    box.append(make("p", "", "One scale for the whole sentence. Choose a word to see its map large."));
+    const box = make("section", "strip"), head = make("header"), tiles = make("div", "tiles");
+    head.append(make("h3", "", "Word by word"));
+    head.append(make("p", "", "One scale for the whole sentence. Choose a word to see its map large."));
+    box.append(head, tiles);
     box.setAttribute("aria-label", `Word by word: ${prompt.text}`);
     const drawn = prompt.strip.map((word, index) => {
       const tile = make("button", "tile"), thumb = make("span", "thumb"), photo = make("canvas"), heat = make("canvas");
@@ -96,8 +97,8 @@
       tile.addEventListener("click", () => choose(index));
       thumb.style.setProperty("--aspect", aspect);
       for (const canvas of [photo, heat]) {
-        canvas.width = Math.round(192 * aspect);
-        canvas.height = 192;
+        canvas.width = Math.round(224 * aspect);
+        canvas.height = 224;
         canvas.setAttribute("aria-hidden", "true");
       }
       heat.className = "heat";
