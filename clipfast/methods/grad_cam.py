@@ -1,10 +1,13 @@
-"""Grad-CAM on a transformer (Selvaraju et al., ICCV 2017): a layer's channels weighted by their mean gradient.
+"""Grad-CAM (Selvaraju et al., ICCV 2017): a layer's channels weighted by their mean gradient.
 
-    H_i = ReLU(sum_c w_c h_ic),   w = mean over tokens j of dS/dh_j,   h (N, D): the input of a block
+    H_i = ReLU(sum_c w_c h_ic),   w = mean over tokens j of dS/dh_j,   h (N, D): the input of a transformer's block
 
-For the last block w needs no backward pass through its tokens. With g = dS/do and y = dS/dr at the pooled token p (o:
-its attention output, r: its residual stream), heads left out, s = 1/sqrt(d), a_j its attention, x_j = (h_j - mean)
-rho_j the standardised tokens, W the weights of q, k and v times norm1's gain, and t_j the tokens' shares of the mean:
+On a ResNet h is the output of a block, and its tokens are its places; w of the last is `LinearPool.mean_vjp`.
+
+For a transformer's last block w needs no backward pass through its tokens. With g = dS/do and y = dS/dr at the pooled
+token p (o: its attention output, r: its residual stream), heads left out, s = 1/sqrt(d), a_j its attention,
+x_j = (h_j - mean) rho_j the standardised tokens, W the weights of q, k and v times norm1's gain, and t_j the tokens'
+shares of the mean:
 
     dS/dv_j = a_j g      dS/dk_j = s q e_j,  e_j = a_j (g.v_j - g.o)      dS/dq = s sum_j e_j k_j
     dS/dh_j = rho_j (1 - 11'/D - x_j x_j'/D) W' (dS/dq [j = p], dS/dk_j, dS/dv_j) + y [j = p]
@@ -23,10 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.errors import InputError
 from clipfast.methods.attention import PIECE, pooled_attention
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
 from clipfast.methods.tokens import Tokens, block_index, image_tokens, text_tokens
 from clipfast.models.gradients import score_gradients
+from clipfast.models.model import AnyImageTower
+from clipfast.models.resnet import ResNetTower
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Site, TextTower, Tower
 
@@ -50,7 +56,7 @@ class WeightedChannels(Explained):
         prompts, embed = texts.shape[-2], self.z.shape[1]
         if out is None:
             out = self.z.new_empty(batch, prompts, n)
-        if prompts > embed and isinstance(self.mean_gradient, LastBlock):
+        if prompts > embed and not isinstance(self.mean_gradient, Below):
             values, weights = self.prompt_free()
             return combine([weights], [values], texts, self.relu, out)
         return combine([self.inside], [self.features], self.mean_gradient(texts), self.relu, out)
@@ -113,7 +119,7 @@ class LastBlock:
 
 @dataclass(frozen=True)
 class Below:
-    """The mean gradient at an earlier block's input h (B, N, D): a backward pass a prompt from z (B, E)."""
+    """The mean gradient at the tokens h (B, N, D) of an earlier block: a backward pass a prompt from z (B, E)."""
 
     z: Tensor
     h: Tensor
@@ -127,27 +133,30 @@ class Below:
 
 @dataclass(frozen=True)
 class GradCam(Method):
-    """Grad-CAM at the input of a block. In the last one all prompts cost about as much as Grad-ECLIP's.
+    """Grad-CAM at a block. In the last one all prompts cost about as much as Grad-ECLIP's.
 
-    layer: the block, from the bottom, or from the top where negative. Another than the last takes a backward pass
-        through the blocks above for each prompt.
+    layer: the block, from the bottom, or from the top where negative: a transformer's input or a ResNet's output of it;
+        a ResNet's may be named, too ("layer3", "layer4.0"). Another than the last takes a backward pass through the
+        blocks above for each prompt.
     heads: "model", or "single": the blocks from `layer` up run as one head of width D with scale D**-0.5, as the
         released Grad-ECLIP code does; it explains a slightly different model.
     mean_over: "tokens", prefix included, as that code does; or "patches", as general libraries do with the usual
         `reshape_transform`, which drops the class token. A text's tokens are all that EOT sees, its patches the words.
+        On ResNets, where all tokens are places, both are the same.
     """
 
-    layer: int = -1
+    layer: int | str = -1
     heads: Literal["model", "single"] = "model"
     mean_over: Literal["tokens", "patches"] = "tokens"
 
+    reads: ClassVar = (ImageTower, ResNetTower)
     info: ClassVar = MethodInfo(
         source="Selvaraju et al., ICCV 2017",
         forwards="1",
         backwards="0; P through the blocks from layer up, where that is not the last",
         prompt_free=True,
         agrees="the Grad-ECLIP authors' released code to 1e-9 in float64, with heads='single'; captum's LayerGradCam "
-        "and pytorch-grad-cam's GradCAM with mean_over='patches'",
+        "and pytorch-grad-cam's GradCAM with mean_over='patches', and on ResNets",
         our_reading="a text's mean is over the tokens that EOT sees",
     )
 
@@ -163,14 +172,19 @@ class GradCam(Method):
         choice(self, "heads", "model", "single")
         choice(self, "mean_over", "tokens", "patches")
 
-    def image(self, tower: ImageTower, x: Tensor) -> Explained:
+    def grid(self, tower: AnyImageTower, size: tuple[int, int]) -> tuple[int, int]:
+        return tower.grid_at(size, self.layer) if isinstance(tower, ResNetTower) else super().grid(tower, size)
+
+    def image(self, tower: AnyImageTower, x: Tensor) -> WeightedChannels:
+        if isinstance(tower, ResNetTower):
+            return self._explain_resnet(tower, x)
         return self._explain(tower, *image_tokens(tower, x))
 
-    def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> Explained:
+    def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> WeightedChannels:
         return self._explain(tower, *text_tokens(tower, ids, words))
 
     @torch.no_grad()
-    def _explain(self, tower: Tower, h: Tensor, tokens: Tokens) -> Explained:
+    def _explain(self, tower: Tower, h: Tensor, tokens: Tokens) -> WeightedChannels:
         index = block_index(tower, "layer", self.layer)
         heads = 1 if self.heads == "single" else None
         h = tower.run(h, stop=index, mask=tokens.mask)
@@ -190,6 +204,22 @@ class GradCam(Method):
                 graph = tower.tail(site.residual, site.o)
             z, mean_gradient = graph.detach(), Below(graph, h, shares)
         return WeightedChannels(z, h.detach()[:, tokens.keep].to(dtype), tokens.inside.to(dtype), mean_gradient)
+
+    @torch.no_grad()
+    def _explain_resnet(self, tower: ResNetTower, x: Tensor) -> WeightedChannels:
+        if self.heads == "single":
+            raise InputError("heads='single' of GradCam is for transformers: leave it out for a ResNet.")
+        features = tower.features(x, self.layer).to(tower.result_dtype)
+        h = features.flatten(2).mT
+        mean_gradient: MeanGradient
+        if tower.above(self.layer) == tower.depth:
+            pool = tower.pool.linearize(features)
+            z, mean_gradient = pool.z, pool.mean_vjp
+        else:
+            with torch.enable_grad():
+                graph = tower.finish(h.requires_grad_().mT.unflatten(2, features.shape[2:]), self.layer)
+            z, mean_gradient = graph.detach(), Below(graph, h, torch.full_like(h[..., 0], 1 / h.shape[1]))
+        return WeightedChannels(z, h.detach(), torch.ones_like(h[..., 0]), mean_gradient)
 
     def _shares(self, tokens: Tokens, length: int, dtype: torch.dtype) -> Tensor:
         """Each token's share of the mean: (B, N)."""

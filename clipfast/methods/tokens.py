@@ -51,7 +51,7 @@ def text_tokens(tower: TextTower, ids: Tensor, words: Tensor) -> tuple[Tensor, T
     return tower.embed(ids), tokens
 
 
-def block_index(tower: Tower, name: str, index: int) -> int:
+def block_index(tower: Tower, name: str, index: int | str) -> int:
     """The parameter `name` as a block's number from the bottom; negative ones count from the top.
 
     Raises InputError where the tower has no such block.

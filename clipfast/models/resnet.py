@@ -20,6 +20,8 @@ from clipfast.models.tower import resize_positions, rows_at_once
 
 _CONVS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
+# Images times prompts whose derivatives a pool holds at once: of each, a row a head.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,62 @@ class AttentionPool:
     out_bias: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
+        return self._attend(features)[-1]
+
+    def linearize(self, features: Tensor) -> LinearPool:
+        """The pool and the normalisation above it at one point of each image: features (B, C, h, w)."""
+        t, a, e = self._attend(features)
+        norm = e.norm(dim=-1, keepdim=True)
+        return LinearPool(self, t, a, e / norm, norm)
+
+    def _attend(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean and the features (B, N, C) with their positions, attention to them (B, H, N), what comes out."""
         grid = (features.shape[2], features.shape[3])
         t = features.to(self.positions.dtype).flatten(2).mT
         t = torch.cat((t.mean(1, keepdim=True), t), dim=1) + resize_positions(self.positions, self.grid, grid)
         # There is one query, so its products with W_k and W_v cost a row a head where keys and values cost one a place:
         # q . W_k t = (W_k^T q) . t and sum a W_v t = W_v sum a t. The keys' bias adds the same to all of a softmax.
         q = F.linear(t[:, 0], self.q_weight, self.q_bias).unflatten(-1, (self.heads, -1))
-        key, value = (w.unflatten(0, (self.heads, -1)) for w in (self.k_weight, self.v_weight))
-        rows = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, key)
-        mixed = (rows @ t.mT).softmax(-1) @ t
-        o = torch.einsum("bhc,hdc->bhd", mixed, value).flatten(1) + self.v_bias
-        return F.linear(o, self.out_weight, self.out_bias)
+        rows = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, self._by_head(self.k_weight))
+        a = (rows @ t.mT).softmax(-1)
+        o = torch.einsum("bhc,hdc->bhd", a @ t, self._by_head(self.v_weight)).flatten(1) + self.v_bias
+        return t, a, F.linear(o, self.out_weight, self.out_bias)
+
+    def _by_head(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(0, (self.heads, -1))
+
+
+@dataclass(frozen=True)
+class LinearPool:
+    """The derivative of an attention pool and the normalisation above it; `z` (B, E) is their value."""
+
+    pool: AttentionPool
+    t: Tensor  # (B, N, C) tokens, their mean first
+    a: Tensor  # (B, H, N) attention
+    z: Tensor
+    norm: Tensor  # (B, 1) length of the embedding before normalisation
+
+    def mean_vjp(self, cotangents: Tensor) -> Tensor:
+        """The mean over places of d(z . t)/dfeatures for cotangents t (B, P, E), or (P, E) for all images: (B, P, C).
+
+        With g = d(z . t)/do: what reaches the features by their mean, the query's token, and what reaches them directly
+        is together 1/n of the gradients of all N tokens, summed. In that sum the keys' part vanishes, as a softmax does
+        not move with all its logits, and the values' part is W_v^T g, as attention sums to one.
+        """
+        step = max(1, _ROWS // len(self.t))
+        chunks = cotangents.expand(len(self.t), *cotangents.shape[-2:]).split(step, dim=1)
+        return torch.cat([self._mean_vjp(t) for t in chunks], dim=1)
+
+    def _mean_vjp(self, cotangents: Tensor) -> Tensor:
+        pool, a, t = self.pool, self.a[:, :, None], self.t[:, None]
+        e = cotangents - (cotangents @ self.z[..., None]) * self.z[:, None]
+        g = (e / self.norm[:, None] @ pool.out_weight).unflatten(-1, (pool.heads, -1))
+        values = torch.einsum("bphd,hdc->bhpc", g, pool._by_head(pool.v_weight))
+        of_attention = a * (values @ t.mT)
+        of_logits = of_attention - a * of_attention.sum(-1, keepdim=True)
+        of_query = torch.einsum("bhpc,hdc->bphd", of_logits @ t, pool._by_head(pool.k_weight))
+        total = values.sum(1) + of_query.flatten(2) @ pool.q_weight * of_query.shape[-1] ** -0.5
+        return total / (self.t.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -147,7 +194,7 @@ class ResNetTower:
 
     def grid_at(self, size: tuple[int, int], layer: int | str = -1) -> tuple[int, int]:
         """The grid (h, w) of a layer's features for inputs of `size` (H, W). Raises InputError for an unknown layer."""
-        above = self._above(layer)
+        above = self.above(layer)
         finer = 1 << sum(above <= sum(self.stages[:i]) for i in range(1, len(self.stages)))
         return size[0] // 32 * finer, size[1] // 32 * finer
 
@@ -165,13 +212,13 @@ class ResNetTower:
         for conv in self.stem:
             x = _relu(conv(x))
         x = _pool(x, 2)
-        for block in self.blocks[: self._above(layer)]:
+        for block in self.blocks[: self.above(layer)]:
             x = block(x)
         return x
 
     def finish(self, features: Tensor, layer: int | str = -1) -> Tensor:
         """Unit embeddings (B, E) of a layer's output (B, C, h, w); differentiable where gradients are enabled."""
-        for block in self.blocks[self._above(layer) :]:
+        for block in self.blocks[self.above(layer) :]:
             features = block(features.to(self.dtype))
         return F.normalize(self.pool(features), dim=-1)
 
@@ -179,7 +226,7 @@ class ResNetTower:
         """Unit embeddings (B, E) of normalised images (B, 3, H, W)."""
         return self.finish(self.features(x))
 
-    def _above(self, layer: int | str) -> int:
+    def above(self, layer: int | str) -> int:
         """The first block above a layer. Raises InputError for a layer that there is not."""
         stages = list(zip(_STAGES, self.stages, strict=True))
         names = [f"{stage}.{i}" for stage, blocks in stages for i in range(blocks)]

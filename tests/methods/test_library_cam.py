@@ -18,7 +18,7 @@ from clipfast.errors import InputError
 from clipfast.methods import METHODS
 from clipfast.models.resnet import resnet_tower
 
-NAMES = {"grad_cam++": "GradCAMPlusPlus", "xgrad_cam": "XGradCAM", "layer_cam": "LayerCAM"}
+NAMES = {"grad_cam": "GradCAM", "grad_cam++": "GradCAMPlusPlus", "xgrad_cam": "XGradCAM", "layer_cam": "LayerCAM"}
 LAYERS = {-1: "layer4.1", "layer4.0": "layer4.0", "layer3": "layer3.0"}
 
 
@@ -87,6 +87,34 @@ def test_images_and_prompts_in_one_call(name, build_resnet, tokenizer):
     assert out.maps.shape == (5, 3, 3, 3) and out.maps.dtype == torch.float32
     assert (out.maps - expected).norm() / expected.norm() < 1e-5
     torch.testing.assert_close(out.scores.double(), Unit(double)(x).detach() @ embeddings.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [1, 40])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_grad_cam_equals_its_formula(layer, prompts, build_resnet):
+    """One image and one prompt at a time, by automatic differentiation through the whole module."""
+    model = build_resnet().double()
+    x, kept = blotches(2), {}
+    texts = F.normalize(torch.randn(prompts, 24, dtype=torch.float64), dim=-1)
+    found = METHODS["grad_cam"](layer=layer).image(resnet_tower(model), x)
+    unit = Unit(model)
+    unit.visual.get_submodule(LAYERS[layer]).register_forward_hook(lambda _, __, made: kept.update(made=made))
+    for i, maps in enumerate(found.maps(texts)):
+        for text, m in zip(texts, maps, strict=True):
+            score = (unit(x[i : i + 1]) @ text).sum()
+            (gradient,) = torch.autograd.grad(score, kept["made"])
+            expected = (gradient.mean((2, 3), keepdim=True) * kept["made"]).sum(1).relu()
+            torch.testing.assert_close(m, expected.detach().flatten(), rtol=0, atol=1e-12)
+            torch.testing.assert_close((found.z @ text)[i], score.detach())
+
+
+def test_grad_cam_features_of_a_resnet(build_resnet, texts):
+    module = build_resnet().double()
+    explainer = clipfast.Explainer(clipfast.load(module), "grad_cam")
+    x = blotches(3)
+    torch.testing.assert_close(explainer.features(x).maps(texts).maps, explainer(x, texts).maps, rtol=0, atol=1e-12)
+    with pytest.raises(InputError, match="heads='single' of GradCam is for transformers"):
+        clipfast.explain(x, texts, model=module, method="grad_cam", heads="single")
 
 
 def test_without_the_library(build_resnet, texts, monkeypatch):
