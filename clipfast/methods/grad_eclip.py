@@ -201,12 +201,13 @@ class GradEclip(Method):
         if watch is None:
             h = tower.run(h, stop=first, mask=mask)
         else:
-            for layer, h in tower.layers(h, stop=first, mask=mask):
+            for layer, out in tower.layers(h, stop=first, mask=mask):
                 watch(layer.q[:, keep])
+                h = out
         bottom = h
         sites, weights = [], []
-        for layer, h in tower.layers(h, first, tower.depth - 1, heads=heads, mask=mask):
-            queries = layer.q[:, keep]
+        for layer, out in tower.layers(h, first, tower.depth - 1, heads=heads, mask=mask):
+            h, queries = out, layer.q[:, keep]
             if watch is not None:
                 watch(queries)
             sites.append(tower.site_of(layer, pooled, visible=visible))
@@ -251,8 +252,12 @@ class GradEclip(Method):
 def _combined(q: Tensor, queries: Tensor, where: Tensor | None) -> Tensor:
     """The direction (B, D) whose cosine with a key is, but for a factor that min-max removes, that of the pooled query
     q (B, D) plus the mean of those of `queries` (B, n, D): no query meets every key, and no prompt takes part."""
-    directions = F.normalize(queries.to(q.dtype), dim=-1)
+    return F.normalize(q, dim=-1) + mean_over_places(F.normalize(queries.to(q.dtype), dim=-1), where)
+
+
+def mean_over_places(rows: Tensor, where: Tensor | None) -> Tensor:
+    """The mean (B, C) of rows (B, n, C) over n, or over those where `where` (B, n) is True; zero where none is."""
     if where is None:
-        return F.normalize(q, dim=-1) + directions.mean(1)
-    shares = where.to(q.dtype) / where.sum(1, keepdim=True).clamp(min=1)
-    return F.normalize(q, dim=-1) + (shares[:, None] @ directions)[:, 0]
+        return rows.mean(1)
+    shares = where.to(rows.dtype) / where.sum(1, keepdim=True).clamp(min=1)
+    return (shares[:, None] @ rows)[:, 0]
