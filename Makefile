@@ -2,7 +2,8 @@
 #   make demo   explain rendered scenes; the page to look at is named at the end
 #   make test   all tests
 #   make lint   formatting, lint, types, import layers
-#   make bench  the benchmarks, beside the libraries they are compared with
+#   make bench  the benchmarks, beside the libraries they are compared with; BENCH=benchmarks/bench_mmel.py for one of them
+#   make gallery    the documentation's pictures, with the demo model
 #   make gpu-check  what needs a GPU: every fast path checked and timed, figures in benchmarks/results/
 #   make wheel  sdist and wheel in dist/
 # VENV names another environment, PYTHON the interpreter that makes it, BUILD what must be built (see setup.py).
@@ -22,8 +23,9 @@ endif
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CPP := $(NATIVE) $(wildcard tests/ops/*/*.h)
 RESULTS ?= benchmarks/results/local.json
+BENCH ?= benchmarks
 
-.PHONY: demo test lint format bench gpu-check wheel clean
+.PHONY: demo test lint format bench gallery gpu-check wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clipfast demo
@@ -45,7 +47,14 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	mkdir -p $(dir $(RESULTS))
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o filterwarnings=default --benchmark-json=$(RESULTS) -s $(ARGS)
+	$(BIN)/python -m pytest $(BENCH) -o python_files='bench_*.py' -o filterwarnings=default --benchmark-json=$(RESULTS) -s $(ARGS)
+	$(BIN)/python benchmarks/methods_page.py
+
+gallery: $(VENV)/.installed
+	$(BIN)/python scripts/make_pictures.py
+	$(BIN)/python scripts/make_gallery.py
+	$(BIN)/python examples/concepts.py --out docs/images/concepts.png
+	$(BIN)/python examples/typographic.py --out docs/images/typographic.png
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

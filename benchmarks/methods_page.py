@@ -12,7 +12,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "methods-cost.md"
 
 ABOUT = """# What each method costs
 
-`make bench-methods` measures these figures and writes this page (`benchmarks/bench_*.py`; raw figures in
+`make bench` measures these figures and writes this page (`benchmarks/bench_*.py`; raw figures in
 `benchmarks/results/methods/`). A figure is a ratio: the time of a call over that of the table's first row, both in the
 same round of one interleaved run (A B A B); the median over the rounds, lowest and highest in brackets. Before anything
 is timed, its numbers are compared with those of what it is timed against, or with the definition in float64.
