@@ -1,6 +1,6 @@
 """The typographic experiment: paste a word on an image and see where attribution goes, and how far the scores move.
 
-python examples/typographic.py                       rendered scenes, with the demo model
+python examples/typographic.py                       a rendered scene, with the demo model
 python examples/typographic.py apple.jpg -t "an apple" -t "an iPod" --word iPod -m ViT-B-16:openai
 """
 
@@ -17,14 +17,14 @@ from clipfast.data.scenes import render
 from clipfast.metrics import Typographic, typographic
 from clipfast.view import grid, save_image
 
-SCENES = {15: ["tree", "balloon"], 26: ["lion", "corn"]}
+SCENE, THINGS = 15, ["tree", "balloon"]
 WORD = "boat"
 METHODS = ["mga_clip", "grad_eclip"]
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("images", nargs="*", help="image files; without any, rendered scenes")
+    options.add_argument("images", nargs="*", help="image files; without any, a rendered scene")
     options.add_argument("-t", "--text", action="append", default=[], help="a prompt; repeat for more")
     options.add_argument("--word", default=WORD, help="what is pasted on every image")
     options.add_argument("--method", action="append", default=[], help="repeat for more")
@@ -36,7 +36,7 @@ def main() -> None:
     if chosen.images:
         cases = [([read_image(image)], chosen.text or [chosen.word]) for image in chosen.images]
     else:
-        cases = [([scene(seed)], [*things, f"the word {chosen.word}"]) for seed, things in SCENES.items()]
+        cases = [([scene()], [*THINGS, f"the word {chosen.word}"])]
     rows = []
     for pictures, prompts in cases:
         for method in chosen.method or METHODS:
@@ -63,8 +63,8 @@ def told(found: Typographic, method: str, prompts: list[str]) -> None:
         )
 
 
-def scene(seed: int, side: int = 96, enlarged: int = 5) -> Image.Image:
-    drawn = Image.fromarray(render(seed, size=side, objects=2).image)
+def scene(side: int = 96, enlarged: int = 5) -> Image.Image:
+    drawn = Image.fromarray(render(SCENE, size=side, objects=2).image)
     return drawn.resize((side * enlarged, side * enlarged), Image.Resampling.BICUBIC)
 
 
