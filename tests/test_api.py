@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import threading
 
 import numpy as np
@@ -17,6 +18,8 @@ from PIL import Image
 import clipfast
 from clipfast import api
 from clipfast.errors import ImageError, InputError, ModelError, TextError
+from clipfast.methods import METHODS
+from clipfast.methods.base import Explained, Method
 from clipfast.models import tower
 
 TEXTS = ["a dog", "a red car", "two small birds on a wire"]
@@ -367,3 +370,122 @@ def test_copying_an_explained_module_still_works(model, images):
     clipfast.explain(images[0], TEXTS, model=model)
     clone = copy.deepcopy(model.module)
     torch.testing.assert_close(clone(torch.ones(1, 3, 64, 64))[0], model.module(torch.ones(1, 3, 64, 64))[0])
+
+
+class Pixels(Explained):
+    """Each prompt's map: the input's red, times the prompt's number, and a companion's first number if there is one."""
+
+    def __init__(self, z, red):
+        self.z, self.red = z, red
+
+    def maps(self, texts, *, out=None, companions=None):
+        numbers = torch.arange(1, texts.shape[-2] + 1, dtype=self.red.dtype)
+        found = self.red.flatten(1)[:, None] * numbers[None, :, None] * (1 if companions is None else companions[0, 0])
+        self.delta = self.z[:, : len(numbers)]
+        return found if out is None else out.copy_(found)
+
+    def extras(self):
+        return {"delta": self.delta}
+
+
+class PixelMethod(Method):
+    def image(self, tower, x):
+        return Pixels(tower.encode(x), x[:, 0])
+
+    def grid(self, tower, size):
+        return size
+
+
+class Compared(PixelMethod):
+    def companions(self, prompts):
+        return ("", "a thing") if prompts == 1 else ()
+
+
+@pytest.fixture
+def pixel_methods(monkeypatch):
+    monkeypatch.setitem(METHODS, "pixels", PixelMethod)
+    monkeypatch.setitem(METHODS, "compared", Compared)
+    monkeypatch.setattr(PixelMethod, "parameters", classmethod(lambda cls: {}))
+
+
+def test_maps_of_pixels_and_extras_everywhere(model, pixel_methods, tmp_path):
+    # 70 columns hold four patches of 16 and a rest: a map of pixels covers the rest, too.
+    x = torch.randn(3, 3, 64, 70)
+    x[1, 0, 5, 68] = 9.0
+    out = clipfast.explain(x, TEXTS, model=model, method="pixels")
+    assert out.maps.shape == (3, 3, 64, 70)
+    torch.testing.assert_close(out.maps[:, 1], 2 * x[:, 0])
+    assert out.extras["delta"].shape == (3, 3)
+    records = json.loads(json.dumps(out.to_json()))
+    assert records[1]["prompts"][0]["peak"] == [68.5, 5.5]
+    assert [p["delta"] for p in records[2]["prompts"]] == pytest.approx(out.extras["delta"][2].tolist())
+    assert [m.shape for m in out.resize()] == [(3, 64, 70)] * 3
+    written = out.save(tmp_path)
+    with np.load(written[1]) as stored:
+        np.testing.assert_array_equal(stored["delta"], out.extras["delta"][1].numpy())
+        assert stored["maps"].shape == (3, 64, 70)
+
+
+def test_a_large_map_makes_a_small_page(build_clip, tokenizer, pixel_methods, tmp_path):
+    model = clipfast.load(build_clip(image_size=480), tokenizer=tokenizer)
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    out = clipfast.explain([noise], TEXTS, model=model, method="pixels", resize="squash")
+    assert out.maps.shape == (1, 3, 480, 480)
+    page = out.report(tmp_path / "report.html").read_text()
+    assert '"extras":{"delta":"' in page and '"palette":"signed"' in page
+    maps = [part.split('"')[0] for part in page.split('"map":"')[1:]]
+    assert len(maps) == 3 and all(len(each) < 20_000 for each in maps)
+
+
+def test_companions_are_encoded_once_and_given_to_the_method(model, pixel_methods, monkeypatch):
+    x = torch.randn(2, 3, 64, 64)
+    explainer = clipfast.Explainer(model, "compared")
+    asked = []
+    encode = model.encode_texts
+    monkeypatch.setattr(
+        model, "encode_texts", lambda texts, *a, **k: asked.append(tuple(texts)) or encode(texts, *a, **k)
+    )
+    one, own = explainer(x, TEXTS[:1]), explainer(x, TEXTS[:2], pairs=True)
+    assert asked == [(TEXTS[0],), ("", "a thing"), tuple(TEXTS[:2])]
+    ids = model.tokenizer(["", "a thing"])
+    expected = model.module.encode_text(ids, normalize=True)[0, 0].detach()
+    for out in (one, own):
+        torch.testing.assert_close(out.maps[:, 0], x[:, 0] * expected)
+    torch.testing.assert_close(explainer(x, TEXTS).maps[:, 0], x[:, 0])
+    with pytest.raises(TextError, match="text 0 is empty"):
+        explainer(x, [""])
+    mute = clipfast.Explainer(clipfast.load(model.module), "compared")
+    with pytest.raises(TextError, match=r"compared compares so few texts with '' and 'a thing'.* pass tokenizer="):
+        mute(x, torch.randn(1, 24))
+    mute(x, torch.randn(2, 24))
+
+
+def test_word_maps_are_saved_shown_and_said(model, images, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"broken")
+    explainer = clipfast.Explainer(model, "tclip")
+    out = explainer([images[1], tmp_path / "broken.png"], TEXTS, words=True, on_error="skip")
+    words = [text.split() for text in TEXTS]
+    assert [each.texts for each in out.word_maps] == words
+    assert all(each.maps[1].isnan().all() and 1 in each.errors for each in out.word_maps)
+    record, failed = json.loads(json.dumps(out.to_json()))
+    assert [[w["text"] for w in each["words"]] for each in record["word_maps"]] == words and "error" in failed
+    assert record["word_maps"][1]["words"][2]["score"] == pytest.approx(float(out.word_maps[1].scores[0, 2]))
+    written = out.save(tmp_path / "out")
+    names = [path.name for path in written]
+    assert names[:3] == ["image-0.npz", "image-0--a-dog.png", "image-0--a-dog--words.png"] and len(names) == 7
+    with np.load(written[0]) as stored:
+        assert stored["words"].tolist() == [word for some in words for word in some]
+        assert stored["word_texts"].tolist() == [0] * 2 + [1] * 3 + [2] * 6
+        np.testing.assert_array_equal(stored["word_maps"][2:5], out.word_maps[1].maps[0].numpy())
+    page = out.report(tmp_path / "report.html").read_text()
+    shown = json.loads(page.split('id="data">')[1].split("</script>")[0])["items"][0]["prompts"]
+    assert [[w["text"] for w in p["strip"]] for p in shown] == words
+    strip = out.word_maps[2].strip(0, cell=60, columns=4)
+    assert strip.width < 4 * 60 and strip.height > 2 * 60
+    with pytest.raises(InputError, match="normalised tensor"):
+        explainer.word_maps(torch.randn(3, 64, 64), "a dog").strip(0)
+
+
+def test_words_say_whether_they_are_signed(model, images):
+    assert not clipfast.Explainer(model).words(images[0], TEXTS[2]).signed
+    assert clipfast.Explainer(model, signed=True).words(images[0], TEXTS[2]).signed

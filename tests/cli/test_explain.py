@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import clipfast
+from clipfast.errors import TextError
 from clipfast.results import Attribution
 
 
@@ -198,6 +199,50 @@ def test_words_that_cannot_be_explained_cost_no_map(run: Any) -> None:
     assert "note: the words are not explained: layers=4" in result.stderr
     assert "runs/explain/scene.npz" in written()
     assert run("explain", "scene.png", "-t", "a dog", "--set", "layers=4", "--words").exit_code == 2
+
+
+def strips(page: str) -> list[list[str]]:
+    shown = json.loads(Path(page).read_text().split('id="data">')[1].split("</script>")[0])
+    return [[word["text"] for word in p["strip"] or []] for item in shown["items"] for p in item["prompts"]]
+
+
+def test_sentences_are_strips_where_the_method_maps_words(run: Any) -> None:
+    result = run("explain", "scene.png", "-t", "a dog", "-t", "a red car", "--method", "tclip", "--json")
+    assert result.exit_code == 0
+    assert strips("runs/explain/report.html") == [["a", "dog"], ["a", "red", "car"]]
+    assert "runs/explain/scene--a-red-car--words.png" in written()
+    (image,) = json.loads(result.stdout)["images"]
+    assert [each["text"] for each in image["word_maps"]] == ["a dog", "a red car"]
+    assert "words" not in image
+    for words, expected in ((["--no-words"], [[]]), (["--words"], [["a", "dog"]])):
+        report = run("explain", "scene.png", "-t", "a dog", "--method", "tclip", *words).stdout.splitlines()[-1]
+        assert strips(report) == expected
+
+
+def test_words_that_cannot_be_told_apart_cost_no_map(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise TextError("words cannot be told apart")
+
+    monkeypatch.setattr(clipfast.Model, "words", refuse)
+    result = run("explain", "scene.png", "-t", "a dog", "--method", "tclip")
+    assert result.exit_code == 0
+    assert "note: the words are not mapped: words cannot be told apart" in result.stderr
+    assert run("explain", "scene.png", "-t", "a dog", "--method", "tclip", "--words").exit_code == 2
+
+
+def test_words_are_left_out_where_the_method_has_none(run: Any) -> None:
+    result = run("explain", "scene.png", "-t", "a dog", "--method", "gem")
+    assert result.exit_code == 0
+    assert "words" not in result.stdout
+    refused = run("explain", "scene.png", "-t", "a dog", "--method", "gem", "--words")
+    assert refused.exit_code == 2
+    assert "gem does not explain texts" in refused.stderr
+
+
+def test_extras_have_columns(run: Any) -> None:
+    result = run("explain", "scene.png", "-t", "a dog", "--method", "integrated_gradients", "--set", "steps=2")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0].split() == ["image", "text", "score", "delta"]
 
 
 def test_a_text_too_long_is_noted_once(run: Any) -> None:

@@ -30,6 +30,13 @@ def test_json(run: Any) -> None:
     assert [value for _, value in found["words"]] == pytest.approx(expected.values.tolist())
 
 
+def test_one_colour_where_a_method_only_weighs(run: Any) -> None:
+    result = run("words", "scene.png", "a red car", "--method", "attention")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "the stronger the colour, the more a word counts"
+    assert "+" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

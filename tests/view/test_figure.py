@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from clipfast.errors import InputError
-from clipfast.view.figure import _font, _wrap, grid
+from clipfast.view.figure import _font, _wrap, grid, strip
 
 GREY = (90, 90, 90)
 
@@ -65,3 +65,37 @@ def test_what_does_not_belong_together_is_refused(heat, prompts, more):
         grid([Image.new("RGB", (4, 4))], heat, prompts, **more)
     with pytest.raises(InputError, match="at least one"):
         grid([], [], ["a"])
+
+
+def test_a_strip_has_a_cell_for_the_picture_and_one_for_each_word():
+    image = Image.new("RGB", (100, 50), GREY)
+    heat = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])
+    sheet = strip(image, heat, ["a", "red", "car"], cell=100)
+    gap = 100 // 14
+    middles = [tuple(np.asarray(sheet)[gap + 25, gap + i * (100 + gap) + 50]) for i in range(4)]
+    assert middles[0] == middles[1] == middles[3] == GREY and middles[2] != GREY
+    assert sheet.width == gap + 4 * (100 + gap)
+    wrapped = strip(image, heat, ["a", "red", "car"], cell=100, columns=2, title="a red car " * 30, scores=[0.1] * 3)
+    assert wrapped.width == gap + 2 * (100 + gap) and wrapped.height > 2 * sheet.height
+
+
+def test_words_of_a_strip_stand_beneath_their_maps():
+    image, blank = Image.new("RGB", (100, 50), GREY), np.zeros((2, 2, 2))
+    plain, named = (np.asarray(strip(image, blank, ["", word], cell=100)) for word in ("", "W" * 50))
+    rows, columns = np.nonzero((plain != named).any(-1))
+    gap = 100 // 14
+    assert rows.min() > gap + 50 and columns.min() >= gap + 2 * (100 + gap) and columns.max() < gap + 3 * (100 + gap)
+
+
+@pytest.mark.parametrize(
+    ("heat", "words", "more"),
+    [
+        (np.zeros((2, 3, 3)), ["a"], {}),
+        (np.zeros((3, 3)), ["a"], {}),
+        (np.zeros((1, 3, 3)), ["a"], {"scores": [1.0, 2.0]}),
+        (np.full((1, 3, 3), 2.0), ["a"], {}),
+    ],
+)
+def test_a_strip_of_what_does_not_belong_together_is_refused(heat, words, more):
+    with pytest.raises(InputError):
+        strip(Image.new("RGB", (4, 4)), heat, words, **more)

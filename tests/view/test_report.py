@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from clipfast.errors import InputError
-from clipfast.view.report import ReportItem, write_report
+from clipfast.view.report import ReportItem, Strip, write_report
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028'\"`${x}$style"
 FIXED = {"created": datetime(2026, 1, 2, 3, 4), "versions": {"clipfast": "1"}}
@@ -154,6 +154,30 @@ def test_many_prompts_stay_light(tmp_path):
     assert (tmp_path / "r.html").stat().st_size < 300 * 700 + 60_000
 
 
+def test_strips_extras_and_signs_are_what_was_given(tmp_path):
+    heat = np.random.default_rng(2).random((2, 12, 20))
+    given = item(
+        strips={"a dog": Strip(["a", HOSTILE], heat, [0.1, -0.2], "signed")},
+        extras={"delta": [0.00123456, -2.0]},
+        palette="signed",
+        signed_words=False,
+    )
+    page, data = write(tmp_path / "r.html", [given])
+    (shown,) = data["items"]
+    assert [p["extras"] for p in shown["prompts"]] == [{"delta": "0.00123"}, {"delta": "-2"}]
+    assert [p["palette"] for p in shown["prompts"]] == ["signed"] * 2 and shown["signedWords"] is False
+    strip, none = (p["strip"] for p in shown["prompts"])
+    assert none is None and [(w["text"], w["score"], w["palette"]) for w in strip] == [
+        ("a", 0.1, "signed"),
+        (HOSTILE, -0.2, "signed"),
+    ]
+    for word, values in zip(strip, heat, strict=True):
+        png = Image.open(io.BytesIO(base64.b64decode(word["map"].removeprefix("data:image/png;base64,"))))
+        assert np.abs(np.asarray(png) / 255 - values).max() <= 0.5 / 255 + 1e-6
+    assert "purple" in page.text and set(data["palettes"]) == {"heat", "jet", "signed"}
+    assert "purple" not in write(tmp_path / "r.html", [item()])[0].text
+
+
 @pytest.mark.parametrize("items", [[], [item([], heat=np.zeros((0, 7, 7)), scores=[])]])
 def test_nothing_explained_is_still_a_page(tmp_path, items):
     page, data = write(tmp_path / "r.html", items, failures={"a.jpg": "a.jpg is empty."})
@@ -177,6 +201,9 @@ def test_versions_and_time_are_found_by_default(tmp_path):
         {"scores": [0.1]},
         {"scores": [0.1, float("nan")]},
         {"words": {"a dog": [("dog", float("inf"))]}},
+        {"strips": {"a dog": Strip(["a"], np.zeros((2, 3, 3)), [0.1])}},
+        {"strips": {"a dog": Strip(["a"], np.zeros((1, 3, 3)), [])}},
+        {"extras": {"delta": [0.1]}},
     ],
 )
 def test_what_cannot_be_shown_is_refused_and_leaves_no_file(tmp_path, wrong):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from clipfast.errors import InputError
-from clipfast.view.words import markup, strengths, terminal
+from clipfast.view.words import legend, markup, strengths, terminal
 
 finite = st.floats(-1e30, 1e30)
 
@@ -68,3 +68,12 @@ def test_nothing_and_all_zero():
 def test_values_that_are_not_finite_are_refused(draw, bad):
     with pytest.raises(InputError, match="not finite"):
         draw([("a", bad)])
+
+
+def test_unsigned_words_have_one_colour():
+    line = terminal([("dog", 2.0), ("not", 1.0), ("of", 0.0)], signed=False)
+    dog, half, none = (str(line.get_style_at_offset(Console(), i).bgcolor) for i in (0, 4, 8))
+    assert "#565cc8" in dog and "#aaaee4" in half and none == "None"
+    read = Reader(markup([("dog", 2.0)], signed=False))
+    assert "rgba(86,92,200,1.000)" in read.styles[0]
+    assert "green" in legend(True) and "green" not in legend(False)
