@@ -6,7 +6,15 @@
 
 E_base is Grad-ECLIP with the spatial weight "combined". The factor does not depend on the prompt, so MMEL has all that
 Grad-ECLIP has: both sides, both forms, attribution features. The queries come from the one pass that the base makes;
-each layer's are reduced to one number a place as they appear.
+each layer's are reduced to one number a place as they appear. Two modes say what a scale is:
+
+    paper    to the letter: queries times s, through T(x) = LayerNorm(W2 ReLU(W1 x)), D -> 2D -> D, one for all layers
+             and scales; A = cos / sqrt(D); a place's importance is its mean over j. Nobody trained T: its weights are
+             torch.nn.Linear's initial ones, with which the scales agree and the factor is nearly constant.
+    pooled   our reading of "multi-scale": queries average-pooled to the grid (a text's words: to the length) scaled by
+             s, rounded, at least 1; a place's importance is the mean attention paid to it in the softmax over j of
+             cos(q_i, q_j) / temperature; layers are averaged, not summed, each level is brought back bilinearly, and
+             their sum is standardised over the map: 0 where its deviation is below a millionth of its mean, rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ from clipfast.ops.minmax import minmax
 from clipfast.ops.spatial_attribution import SHORTEST
 
 SCALES = (1.0, 0.75, 0.5)
-# A level whose deviation is below this share of its mean is constant: what is left of it is rounding.
+# A sum of levels whose deviation is at most this share of its mean is constant.
 FLAT = 1e-6
 
 
@@ -36,13 +44,7 @@ FLAT = 1e-6
 class Mmel(Method):
     """MMEL with the parameters of its paper.
 
-    mode: "pooled", our reading of multi-scale: queries average-pooled to grids (texts: lengths) scaled by 1, 3/4 and
-        1/2, rounded, at least 1; a place's importance is the mean attention paid to it in the softmax over j of
-        cos(q_i, q_j) / temperature; a scale's level is the mean over layers, weighted by softplus(theta), brought back
-        bilinearly; the sum over scales is standardised over the map. Or "paper", to the letter: queries multiplied by
-        the scale, through T(x) = LayerNorm(W2 ReLU(W1 x)), D -> 2D -> D, shared by layers and scales; A = cos divided
-        by sqrt(D); a place's importance is its mean over j; summed over layers and scales. Nobody trained T: its
-        weights are torch.nn.Linear's initial ones, with which the scales agree and the factor is nearly constant.
+    mode: "pooled" or "paper", as above.
     alpha: how much the levels raise a place; 0 is the base itself.
     temperature: of the softmax; mode "pooled" only.
     beta: what the factor starts from; the paper's equation 9 has 1.
@@ -83,7 +85,7 @@ class Mmel(Method):
         for name in ("temperature", "contrast"):
             at_least(self, name, 0)
             if getattr(self, name) == 0:
-                raise InputError(f"{name}=0 of Mmel must be above 0.")
+                raise InputError(f"{name}={getattr(self, name)!r} of Mmel must be above 0.")
         if not all(isinstance(t, int | float) for t in self._thetas()):
             raise InputError(f"theta={self.theta!r} of Mmel must be a number, or a number for each layer.")
 
