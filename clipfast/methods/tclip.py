@@ -161,17 +161,21 @@ class Tclip(Method):
                 f"views={self.views} shifts patches of {min(tower.patch_size)} pixels by less than one: "
                 f"at most {min(tower.patch_size)} squared."
             )
-        down, across = (_shifts(pixels, side) for pixels in tower.patch_size)
-        patches = tower.tail.proj.new_empty(len(x), height, side, width, side, tower.embed_dim)
-        z = patches.new_empty(len(x), tower.embed_dim)
-        for i, dy in enumerate(down):
-            for j, dx in enumerate(across):
-                h = tower.run(tower.embed(_shifted(_shifted(x, dy, 2), dx, 3)))
-                states = tower.tail.project(h.to(patches.dtype))
-                patches[:, :, i, :, j] = states[:, prefix:].unflatten(1, (height, width))
-                if dy == dx == 0:
-                    z = F.normalize(states[torch.arange(len(x)), tower.pooled(h)], dim=-1)
-        fine = patches.view(len(x), height * side, width * side, tower.embed_dim)
+        batch, down, across = len(x), *(_shifts(pixels, side) for pixels in tower.patch_size)
+        patches = tower.tail.proj.new_empty(batch, height, side, width, side, tower.embed_dim)
+        z = patches.new_empty(batch, tower.embed_dim)
+        views = [(i, j) for i in range(side) for j in range(side)]
+        # As many views in one pass as the tower takes images.
+        step = max(1, tower.rows_at_once(height * width) // batch)
+        for start in range(0, len(views), step):
+            some = views[start : start + step]
+            h = tower.embed(torch.cat([_shifted(_shifted(x, down[i], 2), across[j], 3) for i, j in some]))
+            states = tower.tail.project(tower.run(h).to(patches.dtype)).unflatten(0, (len(some), batch))
+            for (i, j), of_view in zip(some, states, strict=True):
+                patches[:, :, i, :, j] = of_view[:, prefix:].unflatten(1, (height, width))
+                if down[i] == across[j] == 0:
+                    z = F.normalize(of_view[torch.arange(batch), tower.pooled(of_view)], dim=-1)
+        fine = patches.view(batch, height * side, width * side, tower.embed_dim)
         return PatchStates(z, fine, self.threshold, self.aggregate, side)
 
 
