@@ -16,7 +16,7 @@ from torch import Tensor
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, MethodInfo, at_least
 from clipfast.methods.masking import encode_images, every_pair, whole_patches
-from clipfast.methods.score_cam import ChannelMethod, Channels, read_channels
+from clipfast.methods.score_cam import ChannelMethod, Channels
 from clipfast.models.model import AnyImageTower
 
 
@@ -81,7 +81,7 @@ class GroupCam(ChannelMethod):
     info: ClassVar = MethodInfo(
         source="Zhang, Rao and Yang, 2021 (arXiv 2103.13859)",
         forwards="groups * P + 2",
-        backwards="P of the blocks from layer up",
+        backwards="0; P through the blocks from layer up, where that is not the last",
         prompt_free=False,
         agrees="the authors' algorithm restated on open_clip's own transformer and ResNet: 1e-10 in float64",
         our_reading="groups are runs of neighbouring channels, as in the authors' code (in gScoreCAM's, k-means), "
@@ -99,7 +99,7 @@ class GroupCam(ChannelMethod):
     @torch.no_grad()
     def image(self, tower: AnyImageTower, x: Tensor) -> GroupCamExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of the layer's places, row by row."""
-        channels = read_channels(tower, x, self.layer)
+        channels = self.channels(tower, x)
         x = whole_patches(tower, x)
         blurred = self.blur(x)
         groups = min(self.groups, channels.features.shape[1])

@@ -10,18 +10,16 @@ is why the scores have to be as large as the model's logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least, combine
-from clipfast.methods.grad_cam import GradCam, WeightedChannels
+from clipfast.methods.grad_cam import GradCam, MeanGradient
 from clipfast.methods.masking import encode_images, every_pair, whole_patches
-from clipfast.models.gradients import score_gradients
 from clipfast.models.model import AnyImageTower
 from clipfast.models.resnet import ResNetTower
 from clipfast.models.tower import ImageTower
@@ -37,50 +35,20 @@ class Channels:
 
     z: Tensor
     features: Tensor
-    mean_gradient: Callable[[Tensor], Tensor]
+    mean_gradient: MeanGradient
 
 
-def read_channels(tower: AnyImageTower, x: Tensor, layer: int | str) -> Channels:
-    """The patches at the input of a transformer's block, or the output of a ResNet's. Raises InputError for neither."""
-    if not isinstance(tower, ResNetTower):
-        explained: Any = GradCam(layer, mean_over="patches").image(tower, x)  # type: ignore[arg-type]
-        assert isinstance(explained, WeightedChannels)
-        features = explained.features.mT.unflatten(-1, tower.grid_of(x))
-        return Channels(explained.z, features, explained.mean_gradient)
-    features = tower.features(x, layer).to(tower.result_dtype)
-    with torch.enable_grad():
-        z = tower.finish(features.requires_grad_(), layer)
+def encode_channels(tower: AnyImageTower, x: Tensor, features: Tensor, images: Tensor, channels: Tensor) -> Tensor:
+    """Unit embeddings (R, E) of image i of x (B, 3, H, W) under its channel c, for R pairs of indices on the CPU."""
+    seen = whole_patches(tower, x)
+    size = (seen.shape[2], seen.shape[3])
 
-    def mean_gradient(texts: Tensor) -> Tensor:
-        found = score_gradients(z, [features], texts, keep=True)
-        return torch.stack([gradient.mean((2, 3)) for (gradient,) in found], dim=1)
+    def masked(some: Tensor, of: Tensor) -> Tensor:
+        up = F.interpolate(features[some, of][:, None], size=size, mode="bilinear", align_corners=True)
+        # A constant channel hides the image.
+        return seen[some] * minmax(up.flatten(2), constant=0.0).view_as(up).to(seen.dtype)
 
-    return Channels(z.detach(), features.detach(), mean_gradient)
-
-
-def as_masks(pictures: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
-    """Pictures (r, h, w) brought up bilinearly to `size` (H, W) and min-maxed: (r, 1, H, W); a constant gives zeros."""
-    up = F.interpolate(pictures[:, None], size=size, mode="bilinear", align_corners=align_corners)
-    return minmax(up.flatten(2), constant=0.0).view_as(up)
-
-
-@dataclass(frozen=True)
-class ChannelMasks:
-    """What the embeddings of images x (B, 3, H, W) under their channels' masks are made with."""
-
-    tower: AnyImageTower
-    x: Tensor
-    features: Tensor
-
-    def encode(self, images: Tensor, channels: Tensor) -> Tensor:
-        """Unit embeddings (R, E) of image i under its channel c, for R pairs of indices on the CPU."""
-        seen = whole_patches(self.tower, self.x)
-
-        def masked(some: Tensor, of: Tensor) -> Tensor:
-            masks = as_masks(self.features[some, of], (seen.shape[2], seen.shape[3]), align_corners=True)
-            return seen[some] * masks.to(seen.dtype)
-
-        return encode_images(self.tower, seen, images, channels, masked)
+    return encode_images(tower, seen, images, channels, masked)
 
 
 def weigh(features: Tensor, logits: Tensor, out: Tensor | None) -> Tensor:
@@ -109,10 +77,10 @@ class GScoreCamExplained(Explained):
     """Prompts choose their channels; one that several prompts of an image choose is encoded once."""
 
     z: Tensor
+    tower: AnyImageTower
+    x: Tensor
     channels: Channels
-    masks: ChannelMasks
     top: int
-    logit_scale: float
 
     @torch.no_grad()
     def maps(self, texts: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -121,14 +89,15 @@ class GScoreCamExplained(Explained):
         chosen = torch.zeros_like(importance, dtype=torch.bool).scatter_(-1, best, True)
         images, numbers = chosen.any(1).nonzero().cpu().unbind(1)
         masked = self.z.new_zeros(len(chosen), chosen.shape[-1], self.z.shape[1])
-        masked[images, numbers] = self.masks.encode(images, numbers)
+        features = self.channels.features
+        masked[images, numbers] = encode_channels(self.tower, self.x, features, images, numbers)
         scores = (texts @ masked.mT).masked_fill_(~chosen, 0)
-        return weigh(self.channels.features, self.logit_scale * scores, out)
+        return weigh(features, self.tower.logit_scale * scores, out)
 
 
 @dataclass(frozen=True)
 class ChannelMethod(Method):
-    """What methods on the channels of a layer share."""
+    """What methods on the channels of a layer share: Grad-CAM's layers, grid and mean gradients over places."""
 
     layer: int | str = -1
 
@@ -136,10 +105,20 @@ class ChannelMethod(Method):
 
     @property
     def keeps_activations(self) -> bool:  # type: ignore[override]
-        return self.layer != -1
+        return self._grad_cam.keeps_activations
 
     def grid(self, tower: AnyImageTower, size: tuple[int, int]) -> tuple[int, int]:
-        return tower.grid_at(size, self.layer) if isinstance(tower, ResNetTower) else super().grid(tower, size)
+        return self._grad_cam.grid(tower, size)
+
+    def channels(self, tower: AnyImageTower, x: Tensor) -> Channels:
+        """The layer's channels for images (B, 3, H, W). Raises InputError for a layer that there is not."""
+        weighted = self._grad_cam.image(tower, x)
+        features = weighted.features.mT.unflatten(-1, self.grid(tower, (x.shape[2], x.shape[3])))
+        return Channels(weighted.z, features, weighted.mean_gradient)
+
+    @property
+    def _grad_cam(self) -> GradCam:
+        return GradCam(self.layer, mean_over="patches")
 
 
 @dataclass(frozen=True)
@@ -163,9 +142,9 @@ class ScoreCam(ChannelMethod):
     @torch.no_grad()
     def image(self, tower: AnyImageTower, x: Tensor) -> ScoreCamExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of the layer's places, row by row."""
-        channels = read_channels(tower, x, self.layer)
+        channels = self.channels(tower, x)
         count = channels.features.shape[1]
-        masked = ChannelMasks(tower, x, channels.features).encode(*every_pair(len(x), count))
+        masked = encode_channels(tower, x, channels.features, *every_pair(len(x), count))
         masked = masked.unflatten(0, (count, len(x))).transpose(0, 1)
         return ScoreCamExplained(channels.z, channels.features, masked, tower.logit_scale)
 
@@ -182,7 +161,7 @@ class GScoreCam(ChannelMethod):
     info: ClassVar = MethodInfo(
         source="Chen et al., ACCV 2022",
         forwards="top * P + 1, channels that prompts share only once",
-        backwards="P of the blocks from layer up",
+        backwards="0; P through the blocks from layer up, where that is not the last",
         prompt_free=False,
         agrees="the authors' algorithm restated on open_clip's own transformer and ResNet: 1e-10 in float64",
         our_reading="a transformer's features are the patches at the input of its last block",
@@ -194,6 +173,5 @@ class GScoreCam(ChannelMethod):
     @torch.no_grad()
     def image(self, tower: AnyImageTower, x: Tensor) -> GScoreCamExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of the layer's places, row by row."""
-        channels = read_channels(tower, x, self.layer)
-        masks = ChannelMasks(tower, x, channels.features)
-        return GScoreCamExplained(channels.z, channels, masks, self.top, tower.logit_scale)
+        channels = self.channels(tower, x)
+        return GScoreCamExplained(channels.z, tower, x, channels, self.top)
