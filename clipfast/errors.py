@@ -37,13 +37,16 @@ class BackendError(ClipfastError, RuntimeError):
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The end of an error sentence about an unknown name: the nearest known ones, or all when few or nothing is near.
 
-    >>> nearest("grad_eclp", ["grad_eclip", "rise"])
+    >>> nearest("grad_eclp", ["grad_eclip", "grad_cam", "rise"])
     "did you mean 'grad_eclip'?"
     """
     known = list(choices)
     spelled = {choice.lower(): choice for choice in known}
     close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.6)
     if close:
+        # Where one is nearly what was typed, the others would only distract.
+        alike = {c: difflib.SequenceMatcher(None, name.lower(), c).ratio() for c in close}
+        close = [c for c in close if alike[c] > alike[close[0]] - 0.1]
         return f"did you mean {' or '.join(repr(spelled[c]) for c in close)}?"
     if len(known) <= 30:
         return f"known: {', '.join(known)}."
