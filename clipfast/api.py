@@ -126,7 +126,8 @@ class Explainer:
         by_word = self._by_word(asked, [])
         if not self._run.reads_words:
             asked = replace(asked, states=None)
-        out, *out.word_maps = self._attributions(found, [asked, *by_word], started, on_error, progress)
+        out, *word_maps = self._attributions(found, [asked, *by_word], started, on_error, progress)
+        out.word_maps = word_maps
         return out
 
     @torch.inference_mode(False)
@@ -376,12 +377,13 @@ class Explainer:
         for sheet in sheets:
             sheet.blot(list(errors))
         self._check_finite(sheets[0].scores, errors)
+        kept = [_kept(source) for source in found]
         return [
             Attribution(
                 maps=sheet.maps(),
                 scores=sheet.scores,
                 texts=sheet.asked.names,
-                sources=[_kept(source) for source in found],
+                sources=kept,
                 geometries=geometries,
                 method=self.method,
                 model=self.model.name,

@@ -71,7 +71,9 @@ def explain(
     clipfast explain photos/ -t "a bird" -m ViT-B-16:openai
     clipfast explain 'photos/**/*.jpg' --texts labels.txt -o birds
     clipfast explain cat.jpg -t "a cat" --set layers=2 --set spatial=projected
+    clipfast explain scene.png -t "a dog on the left" --method tclip
 
+    A method that maps single words (tclip) shows each text as a strip of maps, one a word.
     Writes raw maps (.npz), overlays (.png) and report.html to runs/explain, runs/explain-2 and so on, or to --out.
     """
     prompts = _prompts(images, texts, texts_file)

@@ -161,7 +161,8 @@ class Tclip(Method):
                 f"views={self.views} shifts patches of {min(tower.patch_size)} pixels by less than one: "
                 f"at most {min(tower.patch_size)} squared."
             )
-        batch, down, across = len(x), *(_shifts(pixels, side) for pixels in tower.patch_size)
+        batch = len(x)
+        down, across = (_shifts(pixels, side) for pixels in tower.patch_size)
         patches = tower.tail.proj.new_empty(batch, height, side, width, side, tower.embed_dim)
         z = patches.new_empty(batch, tower.embed_dim)
         views = [(i, j) for i in range(side) for j in range(side)]
