@@ -41,7 +41,7 @@ from torch import Tensor  # noqa: E402
 
 from clipfast.ops.dispatch import backend, table  # noqa: E402
 
-PARTS = ("checks", "huge", "sanitizer", "speed", "end-to-end")
+PARTS = ("checks", "huge", "sanitizer", "methods", "speed", "end-to-end")
 # What the checks of the largest results need; smaller GPUs leave them out and say so.
 HUGE_BYTES = 40e9
 SWEEP = [(64, 16, 128, 4, 3), (64, 64, 32, 4, 4), (64, 128, 64, 8, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3)]
@@ -88,8 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save(path, report)
     if "speed" in options.parts:
         run_speed(device, report, clock, options, path)
+    if "methods" in options.parts:
+        run_rows("methods", device, report, clock, options, path)
     if "end-to-end" in options.parts:
-        run_end_to_end(device, report, clock, options, path)
+        run_rows("end_to_end", device, report, clock, options, path)
     report |= {"passed": verdict(report), "seconds": round(clock.spent, 1)}
     save(path, report)
     print(f"{'passed' if report['passed'] else 'FAILED'} in {clock.spent:.0f} s: {path}")
@@ -107,7 +109,12 @@ def resumed(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
 
 def verdict(report: dict[str, Any]) -> bool:
     """Whether everything that ran passed."""
-    rows = [row for part in ("checks", "huge", "end_to_end") for row in report.get(part, []) if isinstance(row, dict)]
+    rows = [
+        row
+        for part in ("checks", "huge", "methods", "end_to_end")
+        for row in report.get(part, [])
+        if isinstance(row, dict)
+    ]
     failed = [row for row in rows if not row.get("passed", True)]
     failed += [row for row in report.get("speed", []) if "raised" in row]
     return not failed and not report.get("sanitizer", "").startswith("failed")
@@ -215,14 +222,16 @@ def run_speed(
         save(path, report)
 
 
-def run_end_to_end(
-    device: torch.device, report: dict[str, Any], clock: Clock, options: argparse.Namespace, path: Path
+def run_rows(
+    part: str, device: torch.device, report: dict[str, Any], clock: Clock, options: argparse.Namespace, path: Path
 ) -> None:
-    from gpu_end_to_end import run
-
-    report["end_to_end"] = []
-    for row in run(device, clock, options.rounds):
-        report["end_to_end"].append(row)
+    """The rows that gpu_<part>.py yields, kept and printed as they come."""
+    if importlib.util.find_spec("open_clip") is None:
+        report[part] = [{"left_out": "open_clip is not installed"}]
+        return
+    report[part] = []
+    for row in importlib.import_module(f"gpu_{part}").run(device, clock, options.rounds):
+        report[part].append(row)
         print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         save(path, report)
 

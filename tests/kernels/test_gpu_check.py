@@ -10,9 +10,11 @@ from pathlib import Path
 import gpu_cases
 import gpu_check
 import gpu_end_to_end
+import gpu_methods
 import pytest
 import torch
 
+from clipfast.methods import METHODS
 from clipfast.ops.dispatch import backend
 from clipfast.ops.spatial_attribution import gradient_weighted
 
@@ -139,3 +141,19 @@ def test_models_are_compared_with_float64_before_they_are_timed(
     monkeypatch.setattr(gpu_end_to_end, "BOUND", 0.0)
     (error,) = gpu_end_to_end.run(CPU, gpu_check.Clock(10), 1)
     assert not error["passed"]
+
+
+def test_every_method_is_compared_with_float64_before_it_is_timed(
+    build_clip: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("open_clip.create_model", lambda name: build_clip(image_size=32))
+    monkeypatch.setattr(gpu_methods, "BATCH", 2)
+    monkeypatch.setattr(
+        gpu_methods, "METHODS", {name: METHODS[name] for name in ("grad_eclip", "rise", "leave_one_out")}
+    )
+    rows = {row["method"]: row for row in gpu_methods.run(CPU, gpu_check.Clock(10), 3)}
+    assert list(rows) == ["grad_eclip", "rise"]
+    assert all(row["passed"] and row["error"] < 1e-4 and row["over_encode"] > 0 for row in rows.values())
+    monkeypatch.setattr(gpu_methods, "BOUND", 0.0)
+    assert not any(row["passed"] or "over_encode" in row for row in gpu_methods.run(CPU, gpu_check.Clock(10), 3))
+    assert all("left_out" in row for row in gpu_methods.run(CPU, gpu_check.Clock(0), 3))
