@@ -30,6 +30,13 @@ def test_json(run: Any) -> None:
     assert [value for _, value in found["words"]] == pytest.approx(expected.values.tolist())
 
 
+def test_json_says_what_else_the_method_says(run: Any) -> None:
+    result = run("words", "scene.png", "a dog", "--json", "--method", "integrated_gradients", "--set", "steps=3")
+    (found,) = json.loads(result.stdout)["texts"]
+    expected = clipfast.Explainer("demo", "integrated_gradients", steps=3).words("scene.png", "a dog")
+    assert found["delta"] == pytest.approx(expected.extras["delta"], rel=1e-4)
+
+
 def test_one_colour_where_a_method_only_weighs(run: Any) -> None:
     result = run("words", "scene.png", "a red car", "--method", "attention")
     assert result.exit_code == 0

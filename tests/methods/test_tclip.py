@@ -256,3 +256,16 @@ def test_token_states_are_the_modules(module, model):
 def test_what_cannot_be_asked(model, images, ask, message):
     with pytest.raises((InputError, TextError), match=message):
         ask(model, images)
+
+
+def test_half_precision_trunk(build_clip):
+    tokenizer = Pieces()
+    exact, half = (clipfast.load(m, tokenizer=tokenizer) for m in (build_clip().double(), build_clip()))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for aggregate in ("eot", "words"):
+        parameters = {"method": "tclip", "threshold": "none", "aggregate": aggregate}
+        expected = clipfast.explain(x, TEXTS, model=exact, **parameters).maps
+        for precision, tolerance in ((None, 1e-5), ("bfloat16", 2e-2)):
+            found = clipfast.explain(x.float(), TEXTS, model=half, precision=precision, **parameters).maps
+            assert found.dtype == torch.float32
+            assert (found - expected).norm() / expected.norm() < tolerance
