@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.models.block import Block
-from clipfast.models.tail import LinearTail, Tail
+from clipfast.models.tail import LinearTail, Tail, affine, gain_, norm_jacobian, product, standardize
 from clipfast.models.tower import Site, Tower
 
 Gradients = Callable[[Tensor], list[Tensor]]
@@ -42,11 +42,12 @@ def site_gradients(
     """
     if len(sites) == 1:
         return lambda cotangents: [tail.vjp(cotangents)]
-    dtype = tower.tail.proj.dtype
-    blocks = [block.to(dtype) for block in tower.blocks[-len(sites) :]]
+    blocks = tower.blocks[-len(sites) :]
     if len(sites) == 2 or tower.causal:
-        return _PooledToken(blocks, tower.tail, sites, pooled, heads)
-    return _AllTokens(blocks, tower.tail, bottom.to(dtype), pooled, heads)
+        ways = zip(blocks, blocks[1:], sites, sites[1:], strict=False)
+        return _PooledToken(tail, [LinearStep.at(*way, pooled, heads) for way in ways])
+    dtype = tower.tail.proj.dtype
+    return _AllTokens([block.to(dtype) for block in blocks], tower.tail, bottom.to(dtype), pooled, heads)
 
 
 @dataclass(frozen=True)
@@ -54,49 +55,77 @@ class _PooledToken:
     """Gradients at several layers' sites where only the pooled token's own row can carry them.
 
     True for the last two blocks of any tower, and for every block of a causal tower: no token that the pooled one sees
-    ever sees the pooled one. Each cotangent gets a copy of that row, and one backward pass serves all copies; the other
-    tokens' keys and values are constants.
+    ever sees the pooled one. The other tokens' keys and values are constants, so a cotangent is one row through the
+    derivatives of the tail and of each step below it, taken at one point for all cotangents.
     """
 
-    blocks: Sequence[Block]
-    tail: Tail
-    sites: Sequence[Site]
-    pooled: Tensor
-    heads: int | None
+    tail: LinearTail
+    steps: Sequence[LinearStep]
 
     def __call__(self, cotangents: Tensor) -> list[Tensor]:
-        sites = self.sites
-        batch, width = sites[0].q.shape
-        cotangents = cotangents.expand(batch, *cotangents.shape[-2:])
-        with torch.enable_grad():
-            shifts = [
-                torch.zeros(batch, cotangents.shape[1], width, dtype=s.q.dtype, device=s.q.device, requires_grad=True)
-                for s in sites
-            ]
-            row = sites[0].residual[:, None].expand_as(shifts[0])
-            o = sites[0].o[:, None] + shifts[0]
-            for block, above, site, shift in zip(self.blocks, self.blocks[1:], sites[1:], shifts[1:], strict=False):
-                row = row + block.out(o)
-                row = row + block.mlp(row)
-                x = above.norm1(row)
-                o = self._attend(above, above.query(x), *above.key_value(x), site) + shift
-            z = self.tail(row, o)
-            return list(torch.autograd.grad(z, shifts, cotangents))
+        at_residual, at_output = self.tail.vjps(cotangents)
+        found = [at_output]
+        for step in reversed(self.steps):
+            at_residual, at_output = step.vjp(at_residual, at_output)
+            found.append(at_output)
+        return found[::-1]
 
-    def _attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Tensor:
-        """Attention of row copies (B, R, D) to the other tokens as they are and to their own moving k and v."""
-        heads = self.heads or block.heads
-        split = (heads, q.shape[-1] // heads)
-        q = q.unflatten(-1, split) * split[1] ** -0.5
-        k, v = k.unflatten(-1, split), v.unflatten(-1, split)
-        keys, values = (t.unflatten(-1, split) for t in (site.k, site.v))
-        hidden = F.one_hot(self.pooled, site.k.shape[1]).bool()
-        if site.mask is not None:
-            hidden = hidden | ~site.mask
-        scores = torch.einsum("brhd,bnhd->brhn", q, keys).masked_fill(hidden[:, None, None], -torch.inf)
-        own = (q * k).sum(-1, keepdim=True)
-        a = torch.cat((scores, own), dim=-1).softmax(-1)
-        return (torch.einsum("brhn,bnhd->brhd", a[..., :-1], values) + a[..., -1:] * v).flatten(2)
+
+@dataclass(frozen=True)
+class LinearStep:
+    """The derivative of the pooled token's way from one block's attention output o to the next one's, at one point.
+
+    y = r + s1 * (W_o o + b_o);   r' = y + s2 * mlp(norm2 y);   o' = attention of norm1(r') to the others and itself
+    """
+
+    below: Block
+    above: Block
+    x2: Tensor  # (B, D) standardised input of the lower block's norm2, and 1/sigma (B, 1)
+    r2: Tensor
+    slope: Tensor  # (B, F) derivative of the activation
+    x1: Tensor  # (B, D) the same for the upper block's norm1
+    r1: Tensor
+    q: Tensor  # (B, H, d)
+    k: Tensor  # (B, N, H, d)
+    v: Tensor
+    a: Tensor  # (B, H, N) the pooled token's attention
+    pooled: Tensor
+
+    @classmethod
+    def at(cls, below: Block, above: Block, site: Site, upper: Site, pooled: Tensor, heads: int | None) -> LinearStep:
+        """Between the sites of two neighbouring blocks; the blocks in the trunk's dtype."""
+        wide = below.to(site.o.dtype)
+        y = site.residual + wide.out(site.o)
+        x2, r2 = standardize(y, wide.norm2.eps)
+        slope = wide.act.derivative(F.linear(affine(x2, wide.norm2), wide.fc_weight, wide.fc_bias))
+        x1, r1 = standardize(upper.residual, above.norm1.eps)
+        split = (heads or above.heads, -1)
+        q, k, v = (t.unflatten(-1, split) for t in (upper.q, upper.k, upper.v))
+        scores = torch.einsum("bhd,bnhd->bhn", q * q.shape[-1] ** -0.5, k)
+        if upper.mask is not None:
+            scores = scores.masked_fill(~upper.mask[:, None], -torch.inf)
+        return cls(below, above, x2, r2, slope, x1, r1, q, k, v, scores.softmax(-1), pooled)
+
+    def vjp(self, at_residual: Tensor, at_output: Tensor) -> tuple[Tensor, Tensor]:
+        """From gradients (B, R, D) at r' and o' to those at r and o."""
+        below, g = self.below, at_output.unflatten(-1, self.q.shape[1:])
+        a = self.a[:, None]
+        slopes = torch.einsum("brhd,bnhd->brhn", g, self.v)
+        slopes = (slopes - (slopes * a).sum(-1, keepdim=True)).mul_(a).mul_(self.q.shape[-1] ** -0.5)
+        rows = torch.arange(len(a), device=a.device)
+        # The pooled token's own key and value move with it.
+        own, own_a = slopes[rows, :, :, self.pooled], self.a[rows, :, self.pooled]
+        towards = (
+            torch.einsum("brhn,bnhd->brhd", slopes, self.k),
+            own[..., None] * self.q[:, None],
+            own_a[:, None, :, None] * g,
+        )
+        through = product(torch.cat([t.flatten(2) for t in towards], dim=-1), self.above.qkv_weight)
+        at_row = at_residual + norm_jacobian(gain_(through, self.above.norm1), self.x1, self.r1)
+        at_mlp = product(at_row if below.scale2 is None else at_row * below.scale2, below.proj_weight)
+        at_mlp = gain_(product(at_mlp.mul_(self.slope[:, None]), below.fc_weight), below.norm2)
+        at_y = at_row.add_(norm_jacobian(at_mlp, self.x2, self.r2))
+        return at_y, product(at_y if below.scale1 is None else at_y * below.scale1, below.out_weight)
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,11 @@ class Tail:
         """The tail at one point per image: residual and o (B, D)."""
         b = self.block
         y = residual + b.out(o)
-        x1, r1 = _standardize(y, b.norm2.eps)
-        u = F.linear(_affine(x1, b.norm2), b.fc_weight, b.fc_bias)
+        x1, r1 = standardize(y, b.norm2.eps)
+        u = F.linear(affine(x1, b.norm2), b.fc_weight, b.fc_bias)
         w = F.linear(b.act.value(u), b.proj_weight, b.proj_bias)
-        x2, r2 = _standardize(y + (w if b.scale2 is None else w * b.scale2), self.norm.eps)
-        e = _affine(x2, self.norm) @ self.proj
+        x2, r2 = standardize(y + (w if b.scale2 is None else w * b.scale2), self.norm.eps)
+        e = affine(x2, self.norm) @ self.proj
         if self.proj_bias is not None:
             e = e + self.proj_bias
         norm = e.norm(dim=-1, keepdim=True)
@@ -73,16 +73,14 @@ class LinearTail:
     def jvp(self, rows: Tensor) -> Tensor:
         """d/de z(o + e v) for directions v = rows (B, R, D): (B, R, E)."""
         b, w = self.tail.block, self.tail.rows
-        dy = _product(rows, w.out_weight.T)
+        dy = product(rows, w.out_weight.T)
         if b.scale1 is not None:
             dy = dy.mul_(b.scale1)
-        du = _product(_gain_(_norm_jacobian(dy, self.x1, self.r1), b.norm2), w.fc_weight.T).mul_(self.slope[:, None])
-        dw = _product(du, w.proj_weight.T)
+        du = product(gain_(norm_jacobian(dy, self.x1, self.r1), b.norm2), w.fc_weight.T).mul_(self.slope[:, None])
+        dw = product(du, w.proj_weight.T)
         del du
         dy = dy.add_(dw if b.scale2 is None else dw.mul_(b.scale2))
-        de = _product(
-            _gain_(_norm_jacobian(dy, self.x2, self.r2), self.tail.norm), self.tail.proj.to(w.out_weight.dtype)
-        )
+        de = product(gain_(norm_jacobian(dy, self.x2, self.r2), self.tail.norm), self.tail.proj.to(w.out_weight.dtype))
         dz = torch.baddbmm(de, de @ self.z[:, :, None], self.z[:, None, :], alpha=-1)
         return dz.div_(self.norm[:, None])
 
@@ -90,11 +88,18 @@ class LinearTail:
         """d(z . t)/do for cotangents t (B, R, E), or (R, E) shared by all images: (B, R, D)."""
         b, w = self.tail.block, self.tail.rows
         gy = self._residual_rows(cotangents)
-        return _product(gy if b.scale1 is None else gy.mul_(b.scale1), w.out_weight).div_(self.norm[:, None])
+        return product(gy if b.scale1 is None else gy.mul_(b.scale1), w.out_weight).div_(self.norm[:, None])
 
     def residual_vjp(self, cotangents: Tensor) -> Tensor:
         """d(z . t)/dr for the residual stream r under o; arguments and shape as in `vjp`."""
         return self._residual_rows(cotangents).div_(self.norm[:, None])
+
+    def vjps(self, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        """(`residual_vjp`, `vjp`) in one go."""
+        b, w = self.tail.block, self.tail.rows
+        gy = self._residual_rows(cotangents)
+        at_output = product(gy if b.scale1 is None else gy * b.scale1, w.out_weight).div_(self.norm[:, None])
+        return gy.div_(self.norm[:, None]), at_output
 
     def _residual_rows(self, cotangents: Tensor) -> Tensor:
         """`residual_vjp` before the division by the embedding's length.
@@ -105,34 +110,37 @@ class LinearTail:
         t = cotangents.expand(batch, *cotangents.shape[-2:])
         ge = torch.baddbmm(t, t @ self.z[:, :, None], self.z[:, None, :], alpha=-1)
         proj = self.tail.proj.T.to(w.out_weight.dtype)
-        gx = _norm_jacobian(_gain_(_product(ge, proj), self.tail.norm), self.x2, self.r2)
-        gm = _product(gx if b.scale2 is None else gx * b.scale2, w.proj_weight)
-        ga = _gain_(_product(gm.mul_(self.slope[:, None]), w.fc_weight), b.norm2)
+        gx = norm_jacobian(gain_(product(ge, proj), self.tail.norm), self.x2, self.r2)
+        gm = product(gx if b.scale2 is None else gx * b.scale2, w.proj_weight)
+        ga = gain_(product(gm.mul_(self.slope[:, None]), w.fc_weight), b.norm2)
         del gm
-        return gx.add_(_norm_jacobian(ga, self.x1, self.r1))
+        return gx.add_(norm_jacobian(ga, self.x1, self.r1))
 
 
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
+def product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows @ weight, multiplied in the weight's dtype and handed back in that of the rows."""
     return (rows.to(weight.dtype) @ weight).to(rows.dtype)
 
 
-def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x (..., D) less its mean and over its deviation, and 1 / sigma (..., 1)."""
     centred = x - x.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return centred * rstd, rstd
 
 
-def _affine(x: Tensor, norm: Norm) -> Tensor:
+def affine(x: Tensor, norm: Norm) -> Tensor:
+    """A norm's gain and bias on standardised x."""
     x = x if norm.weight is None else x * norm.weight
     return x if norm.bias is None else x + norm.bias
 
 
-def _gain_(x: Tensor, norm: Norm) -> Tensor:
+def gain_(x: Tensor, norm: Norm) -> Tensor:
+    """x times a norm's gain, in place."""
     return x if norm.weight is None else x.mul_(norm.weight)
 
 
-def _norm_jacobian(rows: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
+def norm_jacobian(rows: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     """LayerNorm's Jacobian, rstd (I - 1 1^T / D - x x^T / D), applied to rows (B, R, D); it is symmetric.
 
     Both rank-one terms go in one pass over the rows.
