@@ -20,8 +20,6 @@ from clipfast.models.tower import resize_positions, rows_at_once
 
 _CONVS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
-# Images times prompts whose derivatives a pool holds at once: of each, a row a head.
-_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,10 @@ class AttentionPool:
     def linearize(self, features: Tensor) -> LinearPool:
         """The pool and the normalisation above it at one point of each image: features (B, C, h, w)."""
         t, a, e = self._attend(features)
+        # Many rows of a derivative are worth keys and values of all tokens; their biases are not seen in it.
+        k, v = (_split(F.linear(t, weight), self.heads) for weight in (self.k_weight, self.v_weight))
         norm = e.norm(dim=-1, keepdim=True)
-        return LinearPool(self, t, a, e / norm, norm)
+        return LinearPool(self, a, k, v, e / norm, norm)
 
     def _attend(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mean and the features (B, N, C) with their positions, attention to them (B, H, N), what comes out."""
@@ -101,32 +101,26 @@ class LinearPool:
     """The derivative of an attention pool and the normalisation above it; `z` (B, E) is their value."""
 
     pool: AttentionPool
-    t: Tensor  # (B, N, C) tokens, their mean first
-    a: Tensor  # (B, H, N) attention
+    a: Tensor  # (B, H, N) attention to the tokens, their mean first
+    k: Tensor  # (B, H, N, d)
+    v: Tensor
     z: Tensor
     norm: Tensor  # (B, 1) length of the embedding before normalisation
 
     def mean_vjp(self, cotangents: Tensor) -> Tensor:
         """The mean over places of d(z . t)/dfeatures for cotangents t (B, P, E), or (P, E) for all images: (B, P, C).
 
-        With g = d(z . t)/do: what reaches the features by their mean, the query's token, and what reaches them directly
-        is together 1/n of the gradients of all N tokens, summed. In that sum the keys' part vanishes, as a softmax does
-        not move with all its logits, and the values' part is W_v^T g, as attention sums to one.
+        What reaches the features by their mean, the query's token, and what reaches them directly is together 1/n of
+        the gradients of all N tokens, summed. In that sum the keys' part vanishes, as a softmax does not move with all
+        its logits, and the values' part is W_v^T d(z . t)/do, as attention sums to one.
         """
-        step = max(1, _ROWS // len(self.t))
-        chunks = cotangents.expand(len(self.t), *cotangents.shape[-2:]).split(step, dim=1)
-        return torch.cat([self._mean_vjp(t) for t in chunks], dim=1)
-
-    def _mean_vjp(self, cotangents: Tensor) -> Tensor:
-        pool, a, t = self.pool, self.a[:, :, None], self.t[:, None]
+        pool, a = self.pool, self.a[:, :, None]
         e = cotangents - (cotangents @ self.z[..., None]) * self.z[:, None]
-        g = (e / self.norm[:, None] @ pool.out_weight).unflatten(-1, (pool.heads, -1))
-        values = torch.einsum("bphd,hdc->bhpc", g, pool._by_head(pool.v_weight))
-        of_attention = a * (values @ t.mT)
+        g = e / self.norm[:, None] @ pool.out_weight
+        of_attention = a * (_split(g, pool.heads) @ self.v.mT)  # (B, H, P, N)
         of_logits = of_attention - a * of_attention.sum(-1, keepdim=True)
-        of_query = torch.einsum("bhpc,hdc->bphd", of_logits @ t, pool._by_head(pool.k_weight))
-        total = values.sum(1) + of_query.flatten(2) @ pool.q_weight * of_query.shape[-1] ** -0.5
-        return total / (self.t.shape[1] - 1)
+        of_query = (of_logits @ self.k).transpose(1, 2).flatten(2) * self.k.shape[-1] ** -0.5
+        return (g @ pool.v_weight + of_query @ pool.q_weight) / (self.k.shape[2] - 1)
 
 
 @dataclass(frozen=True)
@@ -297,8 +291,9 @@ def _read_conv(owner: Any, conv: str, norm: str, path: str, dtype: torch.dtype) 
     shift = read_weight(n.bias, wide) - read_weight(n.running_mean, wide) * scale
     if c.bias is not None:
         shift = shift + read_weight(c.bias, wide) * scale
-    kernel = read_weight(c.weight, wide) * scale[:, None, None, None]
-    return Conv(kernel.to(dtype), shift.to(dtype), c.stride[0])
+    kernel = (read_weight(c.weight, wide) * scale[:, None, None, None]).to(dtype)
+    # Channels last: a tenth off an encode on a CPU, and places are rows of features when they become tokens.
+    return Conv(kernel.contiguous(memory_format=torch.channels_last), shift.to(dtype), c.stride[0])
 
 
 def _read_pool(pool: Any, dtype: torch.dtype) -> AttentionPool:
@@ -318,6 +313,10 @@ def _read_pool(pool: Any, dtype: torch.dtype) -> AttentionPool:
         out_weight=read_weight(pool.c_proj.weight, dtype),
         out_bias=read_weight(pool.c_proj.bias, dtype),
     )
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _relu(x: Tensor) -> Tensor:

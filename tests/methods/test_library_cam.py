@@ -89,7 +89,7 @@ def test_images_and_prompts_in_one_call(name, build_resnet, tokenizer):
     torch.testing.assert_close(out.scores.double(), Unit(double)(x).detach() @ embeddings.T, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("prompts", [1, 40])
+@pytest.mark.parametrize("prompts", [1, 26])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_grad_cam_equals_its_formula(layer, prompts, build_resnet):
     """One image and one prompt at a time, by automatic differentiation through the whole module."""
