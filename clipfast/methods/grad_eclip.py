@@ -4,7 +4,9 @@
     H_i      = ReLU(lambda_i * sum_c g_c v_ic)       g = dS/do at the pooled token's attention output o
 
 S is the cosine of the image with the text. With frozen weights dS/do vanishes everywhere but at the pooled token, so g
-needs the one-token tail above the last attention only. Two exact forms of the same maps:
+needs the one-token tail above the last attention only. That holds one block further down, where the pooled token's own
+query, key and value in the last block move with it, and in causal text towers at any depth; elsewhere three layers and
+more need the full blocks above, once for each of min(P, E) cotangents. Two exact forms of the same maps:
 
     reverse    g_p for each prompt, one row through the tail's derivative a prompt
     features   A_i = d/de z(o + e v_i), the derivative of the embedding towards each patch's value, prompt-free;
@@ -138,7 +140,12 @@ class GradEclip(Method):
         forwards="1",
         backwards="0",
         prompt_free=True,
-        agrees="the authors' released code to 1e-9 in float64, with heads='single', spatial='projected'",
+        agrees="the authors' released code, images and texts, to 1e-9 in float64, with heads='single', "
+        "spatial='projected' (and lambda_over='all'); the defaults, several layers and spatial='combined' with naive "
+        "automatic differentiation, to 1e-10",
+        our_reading="where the released scripts differ from the paper and the notebooks the paper is the default: the "
+        "model's own heads, the cosine of q and k as they are, and lambda min-maxed over words alone; a constant "
+        "cosine weighs every place alike.",
     )
 
     @property

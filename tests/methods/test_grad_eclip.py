@@ -83,7 +83,22 @@ def naive_cosine_weight(q: Tensor, k: Tensor) -> Tensor:
     return (cosine - low) / (high - low)
 
 
-def naive(blocks, h, finish, pooled, texts, layers, reduce, keep, mask=None):
+def naive_combined_weight(q: Tensor, k: Tensor, queries: Tensor) -> Tensor:
+    """The same of the mean of q's cosine with a key and the mean cosine of all `queries` with it, loop by loop."""
+    cosine = torch.stack(
+        [
+            (
+                F.cosine_similarity(q[0], key, dim=0)
+                + torch.stack([F.cosine_similarity(j, key, dim=0) for j in queries[0]]).mean()
+            )
+            / 2
+            for key in k[0]
+        ]
+    )
+    return ((cosine - cosine.min()) / (cosine.max() - cosine.min()))[None]
+
+
+def naive(blocks, h, finish, pooled, texts, layers, reduce, keep, mask=None, combined=False):
     """Autograd through every token, one prompt and one image at a time; nothing here is clipfast's."""
     total = []
     for b in range(h.shape[0]):
@@ -94,14 +109,15 @@ def naive(blocks, h, finish, pooled, texts, layers, reduce, keep, mask=None):
                 if i >= len(blocks) - layers:
                     o = o.detach().requires_grad_() if i == len(blocks) - layers else o
                     o.retain_grad()
-                    sites.append((q[:, pooled[b]], k, v, o))
+                    sites.append((q, k, v, o))
                 x = x + block.ls_1(block.attn.out_proj(o))
                 x = x + block.ls_2(block.mlp(block.ln_2(x)))
             (F.normalize(finish(x[:, pooled[b]]), dim=-1) @ t).sum().backward()
-            layer_maps = [
-                naive_cosine_weight(q, k[:, keep(b)]) * (v[:, keep(b)] * o.grad[:, pooled[b] : pooled[b] + 1]).sum(-1)
-                for q, k, v, o in sites
-            ]
+            layer_maps = []
+            for q, k, v, o in sites:
+                own, keys = q[:, pooled[b]], k[:, keep(b)]
+                weight = naive_combined_weight(own, keys, q[:, keep(b)]) if combined else naive_cosine_weight(own, keys)
+                layer_maps.append(weight * (v[:, keep(b)] * o.grad[:, pooled[b] : pooled[b] + 1]).sum(-1))
             last = sites[-1][3].grad[0]
             assert last[torch.arange(len(last)) != pooled[b]].abs().max() == 0
             if reduce == "relu_then_sum":
@@ -111,7 +127,9 @@ def naive(blocks, h, finish, pooled, texts, layers, reduce, keep, mask=None):
     return total
 
 
-def naive_image(model: CLIP, x: Tensor, texts: Tensor, layers: int, reduce: str) -> Tensor:
+def naive_image(
+    model: CLIP, x: Tensor, texts: Tensor, layers: int, reduce: str = "relu_then_sum", combined: bool = False
+) -> Tensor:
     v = model.visual
     maps = naive(
         v.transformer.resblocks,
@@ -122,6 +140,7 @@ def naive_image(model: CLIP, x: Tensor, texts: Tensor, layers: int, reduce: str)
         layers,
         reduce,
         lambda b: slice(1, None),
+        combined=combined,
     )
     return torch.stack(maps).unflatten(0, (len(x), len(texts))).detach()
 
@@ -144,12 +163,27 @@ def test_both_forms_equal_naive_autograd(build_clip, variant, reduce, layers, pr
     for form in ("reverse", "features", "auto"):
         torch.testing.assert_close(explained.maps(texts, form=form), expected, rtol=0, atol=1e-10)
     values, weights = explained.prompt_free()
-    assert values.shape[-1] == 24 and weights.shape == values.shape[:-1]
+    products = weights[..., None, :] * (texts @ values.mT)
+    later = products.relu() if products.ndim == 3 else products.relu().sum(1)
+    torch.testing.assert_close(later, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_text_side_equals_naive_autograd(build_clip, layers):
-    model = build_clip().double()
+def test_the_combined_weight_equals_its_definition(build_clip, layers):
+    model = build_clip(image_size=(32, 48)).double()
+    x = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    texts = F.normalize(torch.randn(2, 24, dtype=torch.float64), dim=-1)
+    explained = GradEclip(layers=layers, spatial="combined").image(image_tower(model), x)
+    expected = naive_image(model, x, texts, layers, combined=True)
+    for form in ("reverse", "features"):
+        torch.testing.assert_close(explained.maps(texts, form=form), expected, rtol=0, atol=1e-10)
+
+
+# The default is 8 of however many there are.
+@pytest.mark.parametrize(("depth", "layers", "given"), [(3, 1, 1), (3, 2, 2), (3, 3, 3), (9, 8, None), (9, 9, 9)])
+@pytest.mark.parametrize("combined", [False, True])
+def test_text_side_equals_naive_autograd(build_clip, depth, layers, given, combined):
+    model = build_clip(layers=depth).double()
     ids = torch.zeros(2, 20, dtype=torch.long)
     ids[0, :7] = torch.tensor([298, 5, 9, 33, 120, 77, 299])
     ids[1, :4] = torch.tensor([298, 250, 3, 299])
@@ -166,9 +200,11 @@ def test_text_side_equals_naive_autograd(build_clip, layers):
         "sum_then_relu",
         lambda b: slice(1, pooled[b]),
         model.attn_mask.double(),
+        combined=combined,
     )
     words = (torch.arange(20) >= 1) & (torch.arange(20) < torch.tensor(pooled)[:, None])
-    explained = GradEclip(layers=layers).text(text_tower(model), ids, words)
+    method = GradEclip(layers=given, spatial="combined" if combined else "raw")
+    explained = method.text(text_tower(model), ids, words)
     for form in ("reverse", "features"):
         maps = explained.maps(images, form=form)
         for i, m in enumerate(expected):
@@ -255,14 +291,15 @@ def build_clip_once() -> CLIP:
     )
 
 
+@pytest.mark.parametrize("parameters", [{}, {"layers": 2}, {"spatial": "combined"}], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
-def test_precision_of_the_trunk(build_clip, dtype, tolerance):
-    model = build_clip()
+def test_precision_of_the_trunk(build_clip, dtype, tolerance, parameters):
+    model, method = build_clip(), GradEclip(**parameters)
     x = torch.randn(2, 3, 64, 64)
     texts = F.normalize(torch.randn(6, 24), dim=-1)
-    exact = GradEclip().image(image_tower(build_clip().double()), x.double()).maps(texts.double())
+    exact = method.image(image_tower(build_clip().double()), x.double()).maps(texts.double())
     tower = image_tower(model, dtype)
-    maps = GradEclip().image(tower, x).maps(texts)
+    maps = method.image(tower, x).maps(texts)
     assert maps.dtype == torch.float32 and maps.isfinite().all()
     assert (maps - exact).norm() / exact.norm() < tolerance
 
