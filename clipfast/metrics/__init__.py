@@ -1,5 +1,26 @@
 """What attribution maps are measured by: named protocols."""
 
+from clipfast.metrics.boxes import BoxGScoreCam, MaxBoxAcc
+from clipfast.metrics.localisation import (
+    EnergyPointingGame,
+    Gini,
+    MaskIou,
+    PointingGame,
+    PrecisionAt,
+    SegmentationChefer,
+)
 from clipfast.metrics.typographic import Typographic, paste_word, typographic
 
-__all__ = ["Typographic", "paste_word", "typographic"]
+__all__ = [
+    "BoxGScoreCam",
+    "EnergyPointingGame",
+    "Gini",
+    "MaskIou",
+    "MaxBoxAcc",
+    "PointingGame",
+    "PrecisionAt",
+    "SegmentationChefer",
+    "Typographic",
+    "paste_word",
+    "typographic",
+]
