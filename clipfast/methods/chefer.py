@@ -124,7 +124,7 @@ class Chefer(Method):
     info: ClassVar = MethodInfo(
         source="Chefer et al., ICCV 2021",
         forwards="1",
-        backwards="0; P through the blocks from start_layer up, where that is not the last",
+        backwards="0 (P from a start_layer below the last)",
         prompt_free=False,
         agrees="the recursion over full matrices with autograd at the attention, written out in the test, to 1e-10",
         our_reading="the score is the cosine; the authors' notebook explains the logit (score='logit')",

@@ -153,7 +153,7 @@ class GradCam(Method):
     info: ClassVar = MethodInfo(
         source="Selvaraju et al., ICCV 2017",
         forwards="1",
-        backwards="0; P through the blocks from layer up, where that is not the last",
+        backwards="0 (P from a layer below the last)",
         prompt_free=True,
         agrees="the Grad-ECLIP authors' released code to 1e-9 in float64, with heads='single'; captum's LayerGradCam "
         "and pytorch-grad-cam's GradCAM with mean_over='patches', and on ResNets",

@@ -126,10 +126,11 @@ class LeGrad(Method):
     info: ClassVar = MethodInfo(
         source="Bousselham et al., arXiv 2404.03214",
         forwards="1",
-        backwards="layers of the tower's blocks, P times, from the output to the attention",
+        backwards="layers of all blocks, P times",
         prompt_free=False,
-        agrees="torchcam's LeGrad to 1e-9 in float64 (its mean over layers times their number), the LeGrad package to "
-        "1e-5 in float32",
+        agrees="torchcam's LeGrad to 1e-9 in float64 (its mean over layers times their number); the authors' package "
+        "as released, ViT-B/16 in float32, to 1e-6",
+        our_reading="no text side: a text's tokens behind EOT would take part in the mean",
     )
 
     def __post_init__(self) -> None:
