@@ -19,9 +19,11 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo
-from clipfast.methods.paths import Baseline, Path, block_index, check_baseline, image_baseline, image_path, to_pixels
+from clipfast.methods.paths import Baseline, Path, block_index, check_baseline, image_baseline, image_path
 from clipfast.methods.quadrature import Rule, quadrature
 from clipfast.models.gradients import score_gradients
+from clipfast.models.model import AnyImageTower
+from clipfast.models.resnet import ResNetTower
 from clipfast.models.tower import ImageTower, TextTower, Tower
 from clipfast.ops.path import path_accumulate
 
@@ -41,7 +43,7 @@ class PathExplained(Explained):
 
     z: Tensor
     z_start: Tensor
-    tower: Tower
+    tower: Tower | ResNetTower
     path: Path
     rule: str
     steps: int
@@ -62,7 +64,7 @@ class PathExplained(Explained):
                 if out is None:
                     out = found.new_empty(batch, prompts, found.shape[1])
                 out[:, p] = found
-                self._delta[:, p] = (self.path.delta * total).sum((1, 2)) - gain[:, p]
+                self._delta[:, p] = (self.path.delta * total).flatten(1).sum(1) - gain[:, p]
         assert out is not None
         return out
 
@@ -107,6 +109,7 @@ class IntegratedGradients(Method):
     baseline: Baseline = "mean"
     at: Literal["pixels", "tokens"] | int = "pixels"
 
+    reads: ClassVar = (ImageTower, ResNetTower)
     keeps_activations: ClassVar[bool] = True
     info: ClassVar = MethodInfo(
         source="Sundararajan et al., ICML 2017",
@@ -123,29 +126,29 @@ class IntegratedGradients(Method):
         if isinstance(self.at, bool) or not (isinstance(self.at, int) or self.at in ("pixels", "tokens")):
             raise InputError(f"at={self.at!r} must be 'pixels', 'tokens' or the number of a block, such as -1.")
 
-    def grid(self, tower: ImageTower, size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, tower: AnyImageTower, size: tuple[int, int]) -> tuple[int, int]:
         return size if self.at == "pixels" else super().grid(tower, size)
 
     @torch.no_grad()
-    def image(self, tower: ImageTower, x: Tensor) -> PathExplained:
+    def image(self, tower: Any, x: Tensor) -> PathExplained:
         """Prepare normalised images (B, 3, H, W); n is H * W, or the number of patches, row by row.
 
         Raises InputError for a baseline that does not fit, and for a block that the tower does not have.
         """
         start = image_baseline(self.baseline, tower, x)
+        if self.at != "pixels" and isinstance(tower, ResNetTower):
+            raise InputError(f"at={self.at!r} is for transformers: a ResNet's path is one of pixels.")
         path = image_path(tower, x, start, self._block(tower))
         difference = x.to(path.delta.dtype) - start
-        prefix = tower.prefix.shape[0]
-
-        def encode(points: Tensor) -> Tensor:
-            return tower.finish(path.lift(points), tower.pooled(points), path.block)
 
         def attribute(total: Tensor) -> Tensor:
             if self.at == "pixels":
-                return (to_pixels(tower, total, (x.shape[2], x.shape[3])) * difference).sum(1).flatten(1)
-            return (path.delta * total).sum(-1)[:, prefix:]
+                return (tower.to_pixels(total, (x.shape[2], x.shape[3])) * difference).sum(1).flatten(1)
+            return (path.delta * total).sum(-1)[:, tower.prefix.shape[0] :]
 
-        return self._explained(tower, path, encode, attribute)
+        if isinstance(self.at, str):
+            return self._explained(tower, path, tower.from_patch, attribute)
+        return self._explained(tower, path, lambda h: tower.finish(h, tower.pooled(h), path.block), attribute)
 
     @torch.no_grad()
     def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> PathExplained:
@@ -156,9 +159,9 @@ class IntegratedGradients(Method):
         mask, block = tower.mask(length), self._block(tower)
         end = tower.embed(ids[:, :length])
         start = torch.where(inside[..., None], tower.positions[:length].to(end.dtype), end)
-        path = Path(start, end, 0)
+        path = Path(start, end, 0, length)
         if block is not None:
-            path = Path(tower.run(start, stop=block, mask=mask), tower.run(end, stop=block, mask=mask), block)
+            path = Path(tower.run(start, stop=block, mask=mask), tower.run(end, stop=block, mask=mask), block, length)
 
         def encode(points: Tensor) -> Tensor:
             of_each = pooled.repeat(len(points) // len(pooled))

@@ -15,7 +15,9 @@ from torch import Tensor
 from clipfast.errors import InputError
 from clipfast.methods.quadrature import quadrature
 from clipfast.models.block import Norm
-from clipfast.models.tower import ImageTower, Tower
+from clipfast.models.model import AnyImageTower
+from clipfast.models.resnet import ResNetTower
+from clipfast.models.tower import Tower
 from clipfast.ops.path import path_points
 
 Baseline = Literal["mean", "black", "blur"] | Tensor
@@ -31,17 +33,20 @@ class Path:
     """The points start + a (end - start), 0 <= a <= 1, between tokens of one place in a tower.
 
     start (B, N, D), or (1, N, D) for one that all inputs share. end (B, N, D). block: the block that takes them, once
-    `norm` (the one before the first block, or None) has been applied.
+    `norm` (the one before the first block, or None) has been applied. tokens: N, which is what a pass costs by.
+
+    Of a ResNet all of it is pixels, (B, 3, H, W), and the tokens are its places.
     """
 
     start: Tensor
     end: Tensor
     block: int
+    tokens: int
     norm: Norm | None = None
 
     @cached_property
     def delta(self) -> Tensor:
-        """end - start (B, N, D), in float32 at least."""
+        """end - start, in float32 at least."""
         wide = torch.promote_types(self.end.dtype, torch.float32)
         return self.end.to(wide) - self.start.to(wide)
 
@@ -50,38 +55,30 @@ class Path:
         return points if self.norm is None else self.norm(points)
 
     def points(
-        self, tower: Tower, rule: str, steps: int, *, gradients: bool = False
+        self, tower: Tower | ResNetTower, rule: str, steps: int, *, gradients: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(points (S * B, N, D) ordered as `path_points` does, their weights (S,)), so many steps at a time as one
         pass of the tower should take: memory does not grow with the number of steps."""
         delta = self.delta
         nodes, weights = (t.to(delta.device, delta.dtype) for t in quadrature(rule, steps))
-        at_once = max(1, tower.rows_at_once(delta.shape[1], gradients=gradients) // len(delta))
+        at_once = max(1, tower.rows_at_once(self.tokens, gradients=gradients) // len(delta))
         for a, w in zip(nodes.split(at_once), weights.split(at_once), strict=True):
             yield path_points(self.start, delta, a, self.end.dtype), w
 
 
-def image_path(tower: ImageTower, x: Tensor, baseline: Tensor, block: int | None) -> Path:
+def image_path(tower: AnyImageTower, x: Tensor, baseline: Tensor, block: int | None) -> Path:
     """The path between images' tokens, from `baseline` (1 or B, 3, H, W) to x (B, 3, H, W).
 
     block: at the input of which block; None: before the norm below the first, where tokens are still linear in pixels,
-    so that a straight path between tokens is one between images.
+    so that a straight path between tokens is one between images; the only way through a ResNet.
     """
+    if isinstance(tower, ResNetTower):
+        return Path(tower.patch(baseline), tower.patch(x), 0, math.prod(tower.grid_of(x)))
     if block is None:
-        return Path(tower.patch(baseline), tower.patch(x), 0, tower.norm_pre)
-    return Path(tower.run(tower.embed(baseline), stop=block), tower.run(tower.embed(x), stop=block), block)
-
-
-def to_pixels(tower: ImageTower, gradient: Tensor, size: tuple[int, int]) -> Tensor:
-    """Gradients with respect to the tokens before the first norm, (B, N, D), as those of the pixels: (B, 3, H, W).
-
-    The transpose of `ImageTower.patch`. Pixels of `size` (H, W) beyond the last whole patch get zero.
-    """
-    (height, width), (ph, pw) = size, tower.patch_size
-    grid = (height // ph, width // pw)
-    patches = gradient[:, tower.prefix.shape[0] :].mT.unflatten(2, grid)
-    found = F.conv_transpose2d(patches, tower.patch_weight.to(gradient.dtype), stride=tower.patch_size)
-    return F.pad(found, (0, width - grid[1] * pw, 0, height - grid[0] * ph))
+        start, end, norm = tower.patch(baseline), tower.patch(x), tower.norm_pre
+        return Path(start, end, 0, end.shape[1], norm)
+    start, end = (tower.run(tower.embed(images), stop=block) for images in (baseline, x))
+    return Path(start, end, block, end.shape[1])
 
 
 def block_index(tower: Tower, block: Any, name: str) -> int:
@@ -91,7 +88,7 @@ def block_index(tower: Tower, block: Any, name: str) -> int:
     return block % tower.depth
 
 
-def image_baseline(baseline: Baseline, tower: ImageTower, x: Tensor) -> Tensor:
+def image_baseline(baseline: Baseline, tower: AnyImageTower, x: Tensor) -> Tensor:
     """Where the paths to images x (B, 3, H, W) begin: (1, 3, H, W) where they share it, else (B, 3, H, W).
 
     Raises InputError for a tensor that does not fit, or where what black is in the model's input is not known.

@@ -4,12 +4,13 @@
     saliency       M(x) = sum over channels of |dS/dx|
     smooth_grad    the mean of M(x + e) over noisy copies, e ~ N(0, (sigma (max x - min x))^2)
 
-S is the cosine of image and text. The tower runs from the tokens before its first norm on; the patch embedding below
-them is linear, and its transpose brings their gradients to the pixels.
+S is the cosine of image and text. A transformer runs from the tokens before its first norm on; the patch embedding
+below them is linear, and its transpose brings their gradients to the pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
-from clipfast.methods.paths import to_pixels
 from clipfast.models.gradients import score_gradients
+from clipfast.models.model import AnyImageTower
+from clipfast.models.resnet import ResNetTower
 from clipfast.models.tower import ImageTower, TextTower
 
 
@@ -28,9 +30,9 @@ class GradientExplained(Explained):
     """A batch of B inputs whose score's gradients are maps.
 
     passes: what has run through the tower, or runs through it now: the unit embeddings of S copies of the batch,
-    (S * B, E), and the inputs (S * B, N, D) that they were made of, with gradients. lengths: the gradients with respect
-    to those inputs -> maps (S * B, n). Maps are means over `copies`, the S of all passes. keep: whether the passes are
-    the same whenever they are asked for.
+    (S * B, E), and the inputs that they were made of, with gradients: tokens (S * B, N, D), or a ResNet's pixels
+    (S * B, 3, H, W). lengths: the gradients with respect to those inputs -> maps (S * B, n). Maps are means over
+    `copies`, the S of all passes. keep: whether the passes are the same whenever they are asked for.
     """
 
     z: Tensor
@@ -63,6 +65,7 @@ class Saliency(Method):
     Image maps have the input's own size (H, W). No parameters.
     """
 
+    reads: ClassVar = (ImageTower, ResNetTower)
     keeps_activations: ClassVar[bool] = True
     info: ClassVar = MethodInfo(
         source="Simonyan et al., ICLR workshop 2014",
@@ -73,11 +76,11 @@ class Saliency(Method):
         our_reading="channels are summed where the paper takes their maximum, as CLIP's comparisons do",
     )
 
-    def grid(self, tower: ImageTower, size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, tower: AnyImageTower, size: tuple[int, int]) -> tuple[int, int]:
         return size
 
     @torch.no_grad()
-    def image(self, tower: ImageTower, x: Tensor) -> GradientExplained:
+    def image(self, tower: AnyImageTower, x: Tensor) -> GradientExplained:
         """Prepare normalised images (B, 3, H, W); n is H * W, row by row."""
         z, tokens = _from_tokens(tower, x)
         return GradientExplained(z.detach(), lambda: [(z, tokens)], _pixels(tower, x), 1, keep=True)
@@ -108,6 +111,7 @@ class SmoothGrad(Method):
     sigma: float = 0.15
     seed: int = 0
 
+    reads: ClassVar = (ImageTower, ResNetTower)
     keeps_activations: ClassVar[bool] = True
     info: ClassVar = MethodInfo(
         source="Smilkov et al., 2017",
@@ -123,14 +127,13 @@ class SmoothGrad(Method):
         at_least(self, "sigma", 0)
         at_least(self, "seed", 0, whole=True)
 
-    def grid(self, tower: ImageTower, size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, tower: AnyImageTower, size: tuple[int, int]) -> tuple[int, int]:
         return size
 
     @torch.no_grad()
-    def image(self, tower: ImageTower, x: Tensor) -> GradientExplained:
+    def image(self, tower: AnyImageTower, x: Tensor) -> GradientExplained:
         """Prepare normalised images (B, 3, H, W); n is H * W, row by row."""
-        tokens = tower.grid_of(x)[0] * tower.grid_of(x)[1] + tower.prefix.shape[0]
-        at_once = max(1, tower.rows_at_once(tokens, gradients=True) // len(x))
+        at_once = max(1, tower.rows_at_once(math.prod(tower.grid_of(x)), gradients=True) // len(x))
 
         def passes() -> Iterator[tuple[Tensor, Tensor]]:
             generator = torch.Generator(x.device).manual_seed(self.seed)
@@ -142,18 +145,17 @@ class SmoothGrad(Method):
         return GradientExplained(tower.encode(x), passes, _pixels(tower, x), self.samples, keep=False)
 
 
-def _from_tokens(tower: ImageTower, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(unit embeddings with gradients, the tokens below the tower's first norm that they are made of) of images x."""
-    tokens = tower.patch(x)
+def _from_tokens(tower: AnyImageTower, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(unit embeddings with gradients, the linear part that they are made of: `patch`) of images x."""
+    # A ResNet's are the caller's own pixels: what is told to gather gradients is a view of them.
+    tokens = tower.patch(x).detach()
     with torch.enable_grad():
-        tokens.requires_grad_()
-        h = tokens if tower.norm_pre is None else tower.norm_pre(tokens)
-        return tower.finish(h, tower.pooled(h)), tokens
+        return tower.from_patch(tokens.requires_grad_()), tokens
 
 
-def _pixels(tower: ImageTower, x: Tensor) -> Callable[[Tensor], Tensor]:
+def _pixels(tower: AnyImageTower, x: Tensor) -> Callable[[Tensor], Tensor]:
     size = (x.shape[2], x.shape[3])
-    return lambda gradient: to_pixels(tower, gradient, size).abs().sum(1).flatten(1)
+    return lambda gradient: tower.to_pixels(gradient, size).abs().sum(1).flatten(1)
 
 
 def _noise(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -192,17 +192,31 @@ class ResNetTower:
         finer = 1 << sum(above <= sum(self.stages[:i]) for i in range(1, len(self.stages)))
         return size[0] // 32 * finer, size[1] // 32 * finer
 
-    def features(self, x: Tensor, layer: int | str = -1) -> Tensor:
-        """A layer's output (B, C, h, w), in the trunk's dtype, for normalised images (B, 3, H, W).
+    def patch(self, x: Tensor) -> Tensor:
+        """The linear part of the tower: none but the pixels that it sees, in the trunk's dtype, (B, 3, H', W').
 
-        Pixels beyond the last whole 32 x 32 are not seen, as those beyond the last whole patch of a transformer.
-        Differentiable in x where gradients are enabled. Raises InputError for an input smaller than that, and for an
-        unknown layer.
+        Those beyond the last whole 32 x 32 are not among them, as those beyond the last whole patch of a transformer.
+        Raises InputError for an input smaller than that.
         """
         h, w = self.grid_of(x)
         if not h or not w:
             raise InputError(f"images of {x.shape[2]} x {x.shape[3]} pixels hold no patch: this model needs 32 x 32.")
-        x = x[..., : 32 * h, : 32 * w].to(self.dtype)
+        return x[..., : 32 * h, : 32 * w].to(self.dtype)
+
+    def from_patch(self, t: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of what `patch` gives; differentiable where gradients are enabled."""
+        return self.finish(self.features(t))
+
+    def to_pixels(self, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+        """Gradients with respect to what `patch` gives as those of all pixels of `size` (H, W): (B, 3, H, W)."""
+        return F.pad(gradient, (0, size[1] - gradient.shape[3], 0, size[0] - gradient.shape[2]))
+
+    def features(self, x: Tensor, layer: int | str = -1) -> Tensor:
+        """A layer's output (B, C, h, w), in the trunk's dtype, for normalised images (B, 3, H, W).
+
+        Differentiable in x where gradients are enabled. Raises InputError as `patch` does, and for an unknown layer.
+        """
+        x = self.patch(x)
         for conv in self.stem:
             x = _relu(conv(x))
         x = _pool(x, 2)

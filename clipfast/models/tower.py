@@ -228,14 +228,29 @@ class ImageTower(Tower):
         t = self.patch(x)
         return t if self.norm_pre is None else self.norm_pre(t)
 
+    def from_patch(self, t: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of what `patch` gives, (B, N, D); differentiable where gradients are enabled."""
+        h = t if self.norm_pre is None else self.norm_pre(t)
+        return self.finish(h, self.pooled(h))
+
+    def to_pixels(self, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+        """Gradients with respect to what `patch` gives, (B, N, D), as those of the pixels: (B, 3, H, W).
+
+        The transpose of `patch`. Pixels of `size` (H, W) beyond the last whole patch get zero.
+        """
+        (height, width), (ph, pw) = size, self.patch_size
+        grid = (height // ph, width // pw)
+        patches = gradient[:, self.prefix.shape[0] :].mT.unflatten(2, grid)
+        found = F.conv_transpose2d(patches, self.patch_weight.to(gradient.dtype), stride=self.patch_size)
+        return F.pad(found, (0, width - grid[1] * pw, 0, height - grid[0] * ph))
+
     def pooled(self, h: Tensor) -> Tensor:
         """The pooled position of each sequence: the class token's, (B,)."""
         return torch.zeros(h.shape[0], dtype=torch.long, device=h.device)
 
     def encode(self, x: Tensor) -> Tensor:
         """Unit embeddings (B, E) of normalised images (B, 3, H, W)."""
-        h = self.embed(x)
-        return self.finish(h, self.pooled(h))
+        return self.from_patch(self.patch(x))
 
 
 @dataclass(frozen=True)
