@@ -66,9 +66,11 @@ class BoxGScoreCam(Protocol):
         """
         heat, truths = _paired(maps, boxes)
         cv2 = _opencv()
+        height, width = size or heat.shape[1:]
         answers, ious = [], []
         for m, truth in zip(heat, truths, strict=True):
-            levels = cv2.normalize(_scaled(_sized(m, size)).cpu().numpy(), None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
+            wide = _scaled(spread(m[None], (height, width))[0]).cpu().numpy()
+            levels = cv2.normalize(wide, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U)
             answer = self._box(cv2, levels)
             answers.append(answer)
             ious.append(_best(torch.tensor([answer]), truth, thin=0, eps=1e-6)[0])
@@ -91,9 +93,9 @@ class MaxBoxAcc(Protocol):
     """`box/max`: MaxBoxAcc, how many samples have a fitting box at the one threshold that fits most of them.
 
     steps: thresholds 0, 1 / steps, 2 / steps, ... of the map's maximum (the published code takes 100, gScoreCAM's
-    1,000); maps have 256 levels, so that more steps find no more boxes. contours: "largest" takes the region whose
-    outline encloses most, "all" whichever region fits best (MaxBoxAccV2's rule). size: maps are bilinear on size x size
-    pixels (theirs: bicubic), and boxes are in those pixels; None leaves maps as they are.
+    1,000; of 256 levels, which is what maps are rounded down to). contours: "largest" takes the region whose outline
+    encloses most, "all" whichever region fits best (MaxBoxAccV2's rule). size: maps are bilinear on size x size
+    pixels (theirs: bicubic), and boxes go there with their fractions cut off; None keeps the boxes' own pixels.
 
     Right and bottom are held inside the image; where nothing is above the threshold the box is the pixel at the top
     left. "MaxBoxAcc" is the mean over IoUs of 0.3, 0.5 and 0.7, each at its own best threshold.
@@ -122,21 +124,20 @@ class MaxBoxAcc(Protocol):
         best = {f"MaxBoxAcc@{d}": float((iou >= d).double().mean(0).max()) for d in self.overlaps}
         return {"MaxBoxAcc": sum(best.values()) / len(best)} | best
 
-    def measure(self, maps: Tensor, boxes: Sequence[Tensor] | Tensor) -> Columns:
+    def measure(self, maps: Tensor, boxes: Sequence[Tensor] | Tensor, size: tuple[int, int] | None = None) -> Columns:
         """For each threshold the IoU of its box with the best of the sample's own, "IoU@0.25": N values each.
 
-        maps: (N, h, w) or (B, P, h, w). boxes: for each map, image by image, all boxes of its class (K, 4). A map
-        without boxes gives NaN.
-
-        Raises InputError for maps and boxes that do not belong together, a box that ends before it begins, and a
-        missing OpenCV.
+        Arguments and errors as for `BoxGScoreCam.measure`: boxes are in pixels of `size`, by default the maps' own.
         """
         heat, truths = _paired(maps, boxes)
         cv2 = _opencv()
-        size = None if self.size is None else (self.size, self.size)
+        height, width = size or heat.shape[1:]
+        to = (height, width) if self.size is None else (self.size, self.size)
         rows = []
         for m, truth in zip(heat, truths, strict=True):
-            levels = (unit(_sized(m, size)[None])[0] * 255).to(torch.uint8).cpu().numpy()
+            levels = (unit(spread(m[None], to))[0] * 255).to(torch.uint8).cpu().numpy()
+            if self.size is not None:
+                truth = (truth * self.size / truth.new_tensor((width, height, width, height))).trunc()
             rows.append(self._ious(cv2, levels, truth))
         ious = torch.stack(rows) if rows else torch.zeros(0, self.steps, dtype=torch.float64)
         return dict(zip(self._names(), ious.unbind(1), strict=True))
@@ -206,14 +207,10 @@ def _paired(maps: Tensor, boxes: Sequence[Tensor] | Tensor) -> tuple[Tensor, lis
     for truth in truths:
         if truth.numel() and truth.shape[-1] != 4:
             raise InputError(f"boxes must be (K, 4): left, top, right, bottom; not {tuple(truth.shape)}.")
-    truths = [truth.reshape(-1, 4) for truth in truths]
+    truths = [truth.reshape(-1, 4).double() for truth in truths]
     if any((~truth.isfinite()).any() or (truth[:, 2:] < truth[:, :2]).any() for truth in truths):
         raise InputError("boxes must be finite, with right and bottom not before left and top.")
     return heat, truths
-
-
-def _sized(m: Tensor, size: tuple[int, int] | None) -> Tensor:
-    return m if size is None else spread(m[None], size)[0]
 
 
 def _scaled(m: Tensor) -> Tensor:

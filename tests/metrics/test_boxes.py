@@ -156,7 +156,7 @@ def test_one_pixel_and_constant_maps() -> None:
         constant = torch.full((1, 3, 5), value)
         assert sides(BoxGScoreCam().measure(constant, ANY_BOX, size=(31, 17))) == [[0, 0, 1, 1]]
         assert MaxBoxAcc(steps=4).boxes(np.zeros((5, 5), np.uint8)) == [[(0, 0, 0, 0)]] * 4
-        assert MaxBoxAcc().measure(constant, ANY_BOX)["IoU@0.0"] == pytest.approx(1 / 25)
+        assert MaxBoxAcc().measure(constant, ANY_BOX, size=(224, 224))["IoU@0.0"] == pytest.approx(1 / 25)
     # A box without height has no area here, and one row of pixels there.
     line = torch.tensor([[3, 4, 8, 4]])
     assert BoxGScoreCam().measure(rectangle((3, 4, 8, 5))[None], line)["IoU"] == 0
@@ -207,11 +207,24 @@ def test_max_box_acc_against_one_threshold_after_another(contours, steps) -> Non
     assert 0 < summary["MaxBoxAcc"] < 1
 
 
-def test_maps_take_the_size_of_the_protocol() -> None:
+def test_pictures_of_any_size_are_compared_on_one() -> None:
+    """Coarse maps and boxes in a picture's pixels: both go to size x size, boxes by whole pixels as theirs do."""
     maps, boxes = smooth(3, size=7), some_boxes(3)
-    wide = F.interpolate(maps[:, None], size=(60, 60), mode="bilinear")[:, 0]
-    coarse, fine = MaxBoxAcc(size=60).measure(maps, boxes), MaxBoxAcc(size=None).measure(wide, boxes)
-    assert all(torch.equal(coarse[name], fine[name]) for name in coarse)
+    square = F.interpolate(maps[:, None], size=(48, 48), mode="bilinear")[:, 0]
+    moved = [
+        torch.tensor(
+            [[int(v * 48 / old) for v, old in zip(box, (70, 90, 70, 90), strict=True)] for box in own.tolist()]
+        )
+        for own in boxes
+    ]
+    found = MaxBoxAcc(size=48).measure(maps, boxes, size=(90, 70))
+    expected = MaxBoxAcc(size=None).measure(square, moved)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # Left in the picture's pixels, the map goes there.
+    wide = F.interpolate(maps[:, None], size=(90, 70), mode="bilinear")[:, 0]
+    found = MaxBoxAcc(size=None).measure(maps, boxes, size=(90, 70))
+    expected = MaxBoxAcc(size=None).measure(wide, boxes)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("protocol", [BoxGScoreCam(), MaxBoxAcc(steps=10)])
