@@ -250,7 +250,8 @@ class ImageTower(Tower):
 
     def encode(self, x: Tensor) -> Tensor:
         """Unit embeddings (B, E) of normalised images (B, 3, H, W)."""
-        return self.from_patch(self.patch(x))
+        h = self.embed(x)
+        return self.finish(h, self.pooled(h))
 
 
 @dataclass(frozen=True)
