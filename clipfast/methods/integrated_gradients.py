@@ -90,9 +90,11 @@ class IntegratedGradients(Method):
     """Integrated gradients with captum's rules, in pixels, in tokens or at the input of any block; signed.
 
     steps: points on the path. rule: how they are placed and weighed, see `quadrature`.
-    baseline: images only: "mean" (the data's mean colour: zero in the model's input), "black", "blur" (each image
-        itself under a Gaussian of 10/224 of its shorter side), or a normalised image as a tensor that broadcasts to
-        (3, H, W). Texts begin where the embeddings of their words are zero and all positions are there.
+    baseline: images only: "blur" (each image itself under a Gaussian of 10/224 of its shorter side), "mean" (the data's
+        mean colour: zero in the model's input, captum's default), "black", or a normalised image as a tensor that
+        broadcasts to (3, H, W). From a uniform image a score may stand still and then jump within a small part of the
+        path, which 32 steps do not resolve: watch `delta`. Texts begin where the embeddings of their words are zero
+        and all positions are there.
     at: "pixels": maps have the input's own size (H, W), channels summed. "tokens": the same integral before the norm
         below the first block, the products of difference and gradient summed over each patch's D channels. A number:
         the same at the input of that block, -1 the last, on the straight path between the tokens that baseline and
@@ -106,7 +108,7 @@ class IntegratedGradients(Method):
 
     steps: int = 32
     rule: Rule = "gausslegendre"
-    baseline: Baseline = "mean"
+    baseline: Baseline = "blur"
     at: Literal["pixels", "tokens"] | int = "pixels"
 
     reads: ClassVar = (ImageTower, ResNetTower)
@@ -117,7 +119,7 @@ class IntegratedGradients(Method):
         backwards="steps x P",
         prompt_free=False,
         agrees="captum's IntegratedGradients and LayerIntegratedGradients, every rule, to 1e-6 in float64",
-        our_reading="a text's path begins where its words' embeddings are zero; SOT, EOT and positions stay",
+        our_reading="images begin blurred, texts where their words' embeddings are zero; SOT, EOT and positions stay",
     )
 
     def __post_init__(self) -> None:

@@ -234,7 +234,7 @@ def test_completeness_on_the_demo_model():
         images[:1], texts[:1], model=model, method="integrated_gradients", steps=32, baseline="mean"
     )
     assert found.extras["delta"].abs().max() > 1e-2
-    words = clipfast.Explainer(model, "integrated_gradients", steps=128).words(images[0], texts[0])
+    words = clipfast.Explainer(model, "integrated_gradients", steps=256).words(images[0], texts[0])
     assert abs(words.extras["delta"]) < 1e-3
 
 
