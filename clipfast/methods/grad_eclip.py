@@ -29,7 +29,7 @@ from clipfast.models.block import Block
 from clipfast.models.gradients import Gradients, site_gradients
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Site, TextTower, Tower
-from clipfast.ops.spatial_attribution import spatial_weight
+from clipfast.ops.spatial_attribution import SHORTEST, spatial_weight
 
 Form = Literal["auto", "reverse", "features"]
 
@@ -259,12 +259,7 @@ class GradEclip(Method):
 def _combined(q: Tensor, queries: Tensor, where: Tensor | None) -> Tensor:
     """The direction (B, D) whose cosine with a key is, but for a factor that min-max removes, that of the pooled query
     q (B, D) plus the mean of those of `queries` (B, n, D): no query meets every key, and no prompt takes part."""
-    return F.normalize(q, dim=-1) + mean_over_places(F.normalize(queries.to(q.dtype), dim=-1), where)
-
-
-def mean_over_places(rows: Tensor, where: Tensor | None) -> Tensor:
-    """The mean (B, C) of rows (B, n, C) over n, or over those where `where` (B, n) is True; zero where none is."""
-    if where is None:
-        return rows.mean(1)
-    shares = where.to(rows.dtype) / where.sum(1, keepdim=True).clamp(min=1)
-    return (shares[:, None] @ rows)[:, 0]
+    queries = queries.to(q.dtype)
+    inverse = torch.linalg.vector_norm(queries, dim=-1).clamp_(min=SHORTEST).reciprocal_()
+    shares = inverse / inverse.shape[1] if where is None else inverse * where / where.sum(1, keepdim=True).clamp(min=1)
+    return F.normalize(q, dim=-1) + (shares[:, None] @ queries)[:, 0]

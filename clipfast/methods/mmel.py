@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least, choice
-from clipfast.methods.grad_eclip import GradEclip, SiteExplained, mean_over_places
+from clipfast.methods.grad_eclip import GradEclip, SiteExplained
 from clipfast.models.tower import ImageTower, TextTower, Tower
 from clipfast.ops.minmax import minmax
 from clipfast.ops.spatial_attribution import SHORTEST
@@ -86,7 +86,8 @@ class Mmel(Method):
             at_least(self, name, 0)
             if getattr(self, name) == 0:
                 raise InputError(f"{name}={getattr(self, name)!r} of Mmel must be above 0.")
-        if not all(isinstance(t, int | float) for t in self._thetas()):
+        thetas = self._thetas()
+        if not isinstance(thetas, Sequence) or not all(isinstance(t, int | float) for t in thetas):
             raise InputError(f"theta={self.theta!r} of Mmel must be a number, or a number for each layer.")
 
     @property
@@ -195,7 +196,7 @@ class PooledLevels(Levels):
         logits = (products * (inverse / self.temperature)[:, :, None]).mul_(inverse[:, None])
         if there is not None:
             logits.masked_fill_(~there[:, None], torch.finfo(logits.dtype).min)
-        return mean_over_places(logits.softmax(-1), there)
+        return _mean(logits.softmax(-1), there)
 
     def total(self) -> Tensor:
         """Standardised over the places by the population's deviation; zeros where it is constant."""
@@ -203,9 +204,9 @@ class PooledLevels(Levels):
             scale.spread(level) for scale, level in zip(self.scales, self.levels, strict=True) if level is not None
         ]
         level = torch.stack(levels, -1).sum(-1, keepdim=True)
-        mean = mean_over_places(level, self.words)
+        mean = _mean(level, self.words)
         centred = (level - mean[:, None])[..., 0]
-        deviation = mean_over_places(centred.square()[..., None], self.words).sqrt()
+        deviation = _mean(centred.square()[..., None], self.words).sqrt()
         flat = deviation <= FLAT * mean
         return torch.where(flat, 0, centred / torch.where(flat, 1, deviation))
 
@@ -225,7 +226,7 @@ class PaperLevels(Levels):
         weight = next(self.remaining)
         for states in self.network(queries.to(weight.dtype), SCALES):
             f = F.normalize(states, dim=-1)
-            mean = mean_over_places(f, self.words)[:, :, None]
+            mean = _mean(f, self.words)[:, :, None]
             self.level = self.level + (f @ mean)[..., 0] * (weight / f.shape[-1] ** 0.5)
 
     def total(self) -> Tensor:
@@ -274,7 +275,7 @@ class Scale:
 
     def pooled(self, products: Tensor) -> Tensor:
         """Products (B, m, m) of pooled queries from the products (B, n, n) of queries."""
-        return products if self.down is None else self.down @ (self.down @ products).mT
+        return products if self.down is None else self.down @ (products @ self.down.mT)
 
     def spread(self, level: Tensor) -> Tensor:
         """Values (B, m) of pooled places, brought back to all places (B, n)."""
@@ -315,3 +316,11 @@ def _resampling(grid: tuple[int, int], scale: float, like: Tensor) -> tuple[Tens
     down = F.adaptive_avg_pool2d(places.view(n, 1, *grid), size).flatten(1).T
     up = F.interpolate(pooled.view(m, 1, *size), size=grid, mode="bilinear", align_corners=False).flatten(1).T
     return down.contiguous(), up.contiguous()
+
+
+def _mean(rows: Tensor, where: Tensor | None) -> Tensor:
+    """The mean (B, C) of rows (B, n, C) over n, or over those where `where` (B, n) is True; zero where none is."""
+    if where is None:
+        return rows.mean(1)
+    shares = where.to(rows.dtype) / where.sum(1, keepdim=True).clamp(min=1)
+    return (shares[:, None] @ rows)[:, 0]

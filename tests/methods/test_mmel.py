@@ -300,6 +300,7 @@ def test_half_precision_trunks(build_clip):
         ({"temperature": 0}, "temperature=0 of Mmel must be above 0"),
         ({"contrast": 0.0}, "contrast=0.0 of Mmel must be above 0"),
         ({"theta": "high"}, "theta='high' of Mmel must be a number"),
+        ({"theta": None}, "theta=None of Mmel must be a number"),
     ],
 )
 def test_bad_parameters(parameters, message):
