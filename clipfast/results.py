@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 Source = str | Path | Image.Image | None
 
 _REPORT_SIDE = 1024
-# Longer side of a strip's pictures in a report, which shows them small.
-_WORD_SIDE = 64
+# Longer side of a strip's maps, and in a report, which shows them smaller still.
+_STRIP_SIDE, _WORD_SIDE = 512, 64
 # The share of a pixel map's values that is drawn no stronger than the rest.
 _OUTLIERS = 0.005
 
@@ -143,20 +143,20 @@ class Attribution:
             geometry = geometry.resized(*(max(1, round(s * side / longer)) for s in (geometry.height, geometry.width)))
         return geometry.to_image(unit, outside=0.5 if palette == "signed" else 0.0), palette
 
-    def strip(self, index: int, **options: Any) -> Image.Image:
+    def strip(self, index: int, picture: Image.Image | None = None, **options: Any) -> Image.Image:
         """The maps of image `index` side by side, each word or prompt beneath its own, on one scale.
 
-        options: those of `view.strip`.
+        picture: the image, where it is at hand; else it is read again. options: those of `view.strip`.
 
-        Raises InputError for an image that is only known as a normalised tensor.
+        Raises InputError where only a normalised tensor is known of the image.
         """
         from clipfast.view.figure import strip
 
-        picture = self.picture(index)
+        picture = picture or self.picture(index)
         if picture is None:
             raise InputError(f"image {index} came as a normalised tensor, whose picture is not known.")
         prompts = self.prompts(index)
-        heat, palette = self.drawable(index, list(range(len(prompts))), _REPORT_SIDE, together=True)
+        heat, palette = self.drawable(index, list(range(len(prompts))), _STRIP_SIDE, together=True)
         options = {"title": self.sentence, "colormap": palette, **options}
         return strip(picture, heat, prompts, **options)
 
@@ -212,7 +212,9 @@ class Attribution:
                 heat, palette = self.drawable(i, [prompt])
                 written.append(save_image(overlay(picture, heat[0], colormap=palette), folder / f"{stem}--{name}.png"))
                 if self.word_maps:
-                    written.append(save_image(self.word_maps[prompt].strip(i), folder / f"{stem}--{name}--words.png"))
+                    written.append(
+                        save_image(self.word_maps[prompt].strip(i, picture), folder / f"{stem}--{name}--words.png")
+                    )
         return written
 
     def _arrays(self, index: int, geometry: Geometry) -> dict[str, Any]:
