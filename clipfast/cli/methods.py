@@ -73,6 +73,8 @@ def _print_all(name: str, method: type[Method]) -> None:
     about.add_column()
     about.add_row("from", Text(info.source))
     about.add_row("explains", Text(" and ".join(f"{side}s" for side in method.sides())))
+    if "image" in method.sides():
+        about.add_row("images of", Text(" and ".join(f"{tower.kind}s" for tower in method.reads)))
     about.add_row("costs", Text(_cost(method)))
     about.add_row("agrees with", Text(info.agrees))
     if info.our_reading:
@@ -108,6 +110,7 @@ def _record(name: str, method: type[Method]) -> dict[str, Any]:
     return {
         "name": name,
         "sides": method.sides(),
+        "towers": [tower.kind for tower in method.reads] if "image" in method.sides() else [],
         **dataclasses.asdict(method.info),
         "parameters": parameters_of(method),
     }

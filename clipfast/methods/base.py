@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from clipfast.errors import InputError
+from clipfast.models.model import AnyImageTower
 from clipfast.models.tower import ImageTower, TextTower
 from clipfast.ops.spatial_attribution import gradient_weighted
 
@@ -95,7 +96,7 @@ class Method:
 
     info: ClassVar[MethodInfo]
     # The kinds of image tower that `image` takes.
-    reads: ClassVar[tuple[type, ...]] = (ImageTower,)
+    reads: ClassVar[tuple[type[AnyImageTower], ...]] = (ImageTower,)
     # Whether the tower's activations are kept for a backward pass: batches are made smaller for it.
     keeps_activations: ClassVar[bool] = False
     # Whether `maps` takes the state of a single word in place of a text's embedding.
