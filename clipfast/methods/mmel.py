@@ -12,16 +12,18 @@ each layer's are reduced to one number a place as they appear. Two modes say wha
              and scales; A = cos / sqrt(D); a place's importance is its mean over j. Nobody trained T: its weights are
              torch.nn.Linear's initial ones, with which the scales agree and the factor is nearly constant.
     pooled   our reading of "multi-scale": queries average-pooled to the grid (a text's words: to the length) scaled by
-             s, rounded, at least 1; a place's importance is the mean attention paid to it in the softmax over j of
-             cos(q_i, q_j) / temperature; layers are averaged, not summed, each level is brought back bilinearly, and
-             their sum is standardised over the map: 0 where its deviation is below a millionth of its mean, rounding.
+             s, rounded (halves to even), at least 1; a place's importance is the mean attention paid to it in the
+             softmax over j of cos(q_i, q_j) / temperature; layers are averaged, not summed, each level is brought back
+             bilinearly, and their sum is standardised over the map: 0 where its deviation is at most a millionth of its
+             mean, and so rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -82,6 +84,7 @@ class Mmel(Method):
         choice(self, "mode", "pooled", "paper")
         at_least(self, "alpha", 0)
         at_least(self, "beta", 0)
+        at_least(self, "seed", 0, whole=True)
         for name in ("temperature", "contrast"):
             at_least(self, name, 0)
             if getattr(self, name) == 0:
@@ -97,7 +100,7 @@ class Mmel(Method):
     @torch.no_grad()
     def image(self, tower: ImageTower, x: Tensor) -> Explained:
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
-        levels = self._levels(tower, _image_scales(tower, tower.grid_of(x)), None)
+        levels = self._levels(tower, partial(_image_scales, tower.grid_of(x)), None)
         base = GradEclip(spatial="combined", signed=self.signed).image(tower, x, watch=levels.add)
         return self._raised(base, levels, None)
 
@@ -108,14 +111,14 @@ class Mmel(Method):
         n is T, or less where padding at the end can have no influence.
         """
         words = words[:, : tower.reach(tower.pooled(ids), ids.shape[1])] > 0
-        levels = self._levels(tower, _text_scales(tower, words), words)
+        levels = self._levels(tower, partial(_text_scales, words), words)
         base = GradEclip(spatial="combined", signed=self.signed).text(tower, ids, words, watch=levels.add)
         return self._raised(base, levels, words)
 
     def _thetas(self) -> Sequence[float]:
         return [self.theta] if isinstance(self.theta, int | float) else self.theta
 
-    def _levels(self, tower: Tower, scales: Sequence[Scale], words: Tensor | None) -> Levels:
+    def _levels(self, tower: Tower, scales: Callable[[Tensor], list[Scale]], words: Tensor | None) -> Levels:
         dtype, device = tower.tail.proj.dtype, tower.device
         given = list(self._thetas())
         if len(given) not in (1, tower.depth):
@@ -123,7 +126,7 @@ class Mmel(Method):
         weights = F.softplus(torch.tensor(given, dtype=dtype, device=device)).expand(tower.depth)
         if self.mode == "paper":
             return PaperLevels(weights, words, Network.seeded(tower.width, self.seed, dtype, device))
-        return PooledLevels(weights, words, scales, self.temperature)
+        return PooledLevels(weights, words, scales(weights), self.temperature)
 
     def _raised(self, base: SiteExplained, levels: Levels, words: Tensor | None) -> Explained:
         factor = self.beta + self.alpha * torch.sigmoid(levels.total())
@@ -282,14 +285,12 @@ class Scale:
         return level if self.up is None else (self.up @ level[..., None])[..., 0]
 
 
-def _image_scales(tower: Tower, grid: tuple[int, int]) -> list[Scale]:
-    like = tower.tail.proj
+def _image_scales(grid: tuple[int, int], like: Tensor) -> list[Scale]:
     return [Scale(None, None) if s == 1 else Scale(*_resampling(grid, s, like)) for s in SCALES]
 
 
-def _text_scales(tower: Tower, words: Tensor) -> list[Scale]:
+def _text_scales(words: Tensor, like: Tensor) -> list[Scale]:
     """words (B, n): each text's words are a row of their own length, wherever they stand."""
-    like = tower.tail.proj
     positions = [row.nonzero()[:, 0] for row in words]
     scales = []
     for s in SCALES:
