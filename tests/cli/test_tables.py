@@ -37,6 +37,7 @@ def test_methods_show_what_set_takes(run: Any) -> None:
     parameters = {parameter["name"]: parameter for parameter in eclip["parameters"]}
     assert parameters["heads"] == {"name": "heads", "default": "model", "choices": ["model", "single"]}
     assert parameters["layers"]["default"] is None
+    assert eclip["towers"] == ["vision transformer"]
     text = run("methods", "grad_eclip").stdout
     assert METHODS["grad_eclip"].info.source in text
     assert "signed=false  (true | false)" in text
