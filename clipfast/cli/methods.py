@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,22 +48,25 @@ def _print_table(found: dict[str, type[Method]]) -> None:
     """One line a method."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("method", no_wrap=True)
-    table.add_column("explains", no_wrap=True)
-    for passes in ("forwards", "backwards"):
-        table.add_column(passes, justify="right")
-    table.add_column("from")
+    for heading in ("image", "text", "any P"):
+        table.add_column(heading, justify="center")
+    for heading in ("forwards", "backwards"):
+        table.add_column(heading, justify="right", no_wrap=True, overflow="ellipsis")
     for name, method in found.items():
-        info = method.info
-        sides = " ".join(f"{side}s" for side in method.sides())
-        forwards = Text.assemble(info.forwards, (" any P" if info.prompt_free else "", "green"))
-        table.add_row(Text(name, style="bold"), sides, forwards, info.backwards, Text(info.source, style="dim"))
+        info, sides = method.info, method.sides()
+        marks = ["•" if told else "" for told in ("image" in sides, "text" in sides, info.prompt_free)]
+        table.add_row(Text(name, style="bold"), *marks, _briefly(info.forwards), _briefly(info.backwards))
     console = stdout()
     console.print(table)
     console.print(
-        "Passes of the whole tower, an image; P is the number of texts, any P: the same passes serve all of them.",
-        style="dim",
+        "Passes of the whole tower for an image and P texts; any P: a further text is next to free.", style="dim"
     )
     console.print("All that one says, its parameters too: clipfast methods grad_eclip", style="dim")
+
+
+def _briefly(cost: str) -> str:
+    """A cost's first words: what goes further stands with the method itself."""
+    return re.split(r"[,;(]", cost)[0].strip()
 
 
 def _print_all(name: str, method: type[Method]) -> None:

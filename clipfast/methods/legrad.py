@@ -126,7 +126,7 @@ class LeGrad(Method):
     info: ClassVar = MethodInfo(
         source="Bousselham et al., arXiv 2404.03214",
         forwards="1",
-        backwards="layers of all blocks, P times",
+        backwards="P (through the MLP and projection of each of `layers` blocks)",
         prompt_free=False,
         agrees="torchcam's LeGrad to 1e-9 in float64 (its mean over layers times their number); the authors' package "
         "as released, ViT-B/16 in float32, to 1e-6",

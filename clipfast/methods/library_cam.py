@@ -81,7 +81,7 @@ class GradCamPlusPlus(LibraryCam):
     info: ClassVar = MethodInfo(
         source="Chattopadhay et al., WACV 2018",
         forwards="1",
-        backwards="P of the pool and the blocks above layer",
+        backwards="P (through the pool and the blocks above layer)",
         prompt_free=False,
         agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet, to 1e-9 in float64",
     )
@@ -98,7 +98,7 @@ class XGradCam(LibraryCam):
     info: ClassVar = MethodInfo(
         source="Fu et al., BMVC 2020",
         forwards="1",
-        backwards="P of the pool and the blocks above layer",
+        backwards="P (through the pool and the blocks above layer)",
         prompt_free=False,
         agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet, to 1e-9 in float64",
     )
@@ -115,7 +115,7 @@ class LayerCam(LibraryCam):
     info: ClassVar = MethodInfo(
         source="Jiang et al., IEEE TIP 2021",
         forwards="1",
-        backwards="P of the pool and the blocks above layer",
+        backwards="P (through the pool and the blocks above layer)",
         prompt_free=False,
         agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet, to 1e-9 in float64",
     )

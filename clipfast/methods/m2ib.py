@@ -136,8 +136,8 @@ class M2IB(Method):
 
     info: ClassVar = MethodInfo(
         source="Wang et al., NeurIPS 2023",
-        forwards="1, and a sixth of samples x (steps - 1) x P",
-        backwards="a sixth of samples x (steps - 1) x P",
+        forwards="1 (and samples x (steps - 1) x P through the blocks above the bottleneck)",
+        backwards="samples x P (a step, through the blocks above the bottleneck)",
         prompt_free=False,
         agrees="the published loop on the model itself with torch's Adam and the same noise, to 1e-9 in float64",
         our_reading="in a tower of other than 12 blocks the bottleneck is three quarters up",
