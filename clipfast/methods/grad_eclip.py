@@ -208,9 +208,13 @@ class GradEclip(Method):
         if watch is None:
             h = tower.run(h, stop=first, mask=mask)
         else:
-            for layer, out in tower.layers(h, stop=first, mask=mask):
-                watch(layer.q[:, keep])
-                h = out
+            # Read while they are in a CPU's caches and freed before the MLP: `layers` would keep them for the caller.
+            for block in tower.blocks[:first]:
+                q, k, v = block.query_key_value(h)
+                watch(q[:, keep])
+                o = block.attend(q, k, v, mask=mask)
+                del q, k, v
+                h = block.above(h, o)
         bottom = h
         sites, weights = [], []
         for layer, out in tower.layers(h, first, tower.depth - 1, heads=heads, mask=mask):
