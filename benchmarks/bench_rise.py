@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import open_clip
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from claims import claim
+from paired import paired
 from torch import Tensor
 
 import clipfast
@@ -19,17 +20,15 @@ from clipfast.methods.rise import Rise
 
 def best_batch(module: Any, x: Tensor) -> int:
     """The size of batch, of 1 to 16, at which this machine encodes an image in the least time."""
-    seconds = {}
-    for size in (1, 2, 4, 8, 16):
-        batch = x.expand(size, -1, -1, -1).contiguous()
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            for _ in range(16 // size):
-                module.encode_image(batch)
-            times.append(time.perf_counter() - start)
-        seconds[size] = min(times)
-    return min(seconds, key=lambda size: seconds[size])
+    batches = {size: x.expand(size, -1, -1, -1).contiguous() for size in (1, 2, 4, 8, 16)}
+
+    def sixteen(batch: Tensor) -> None:
+        for _ in range(16 // len(batch)):
+            module.encode_image(batch)
+
+    functions: dict[str, Callable[[], object]] = {str(size): partial(sixteen, batch) for size, batch in batches.items()}
+    timings = paired(functions, repeats=5, warmup=1)
+    return min(batches, key=lambda size: min(timings[str(size)].seconds))
 
 
 @pytest.mark.parametrize(("name", "masks", "repeats"), [("ViT-B-32", 500, 5), ("ViT-B-16", 100, 3)])
