@@ -130,7 +130,7 @@ class Mmel(Method):
 
     def _raised(self, base: SiteExplained, levels: Levels, words: Tensor | None) -> Explained:
         factor = self.beta + self.alpha * torch.sigmoid(levels.total())
-        raised = replace(base, weights=[weight * factor for weight in base.weights])
+        raised = replace(base, weights=[weight * factor.to(weight.dtype) for weight in base.weights])
         return raised if self.contrast == 1 else Contrasted(base.z, raised, self.contrast, words)
 
 
@@ -199,7 +199,9 @@ class PooledLevels(Levels):
         logits = (products * (inverse / self.temperature)[:, :, None]).mul_(inverse[:, None])
         if there is not None:
             logits.masked_fill_(~there[:, None], torch.finfo(logits.dtype).min)
-        return _mean(logits.softmax(-1), there)
+        # Summed in float64: places may differ by parts in a thousand, and standardising magnifies rounding as much.
+        shares = logits.softmax(-1)
+        return shares.mean(1, dtype=torch.float64) if there is None else _mean(shares.double(), there)
 
     def total(self) -> Tensor:
         """Standardised over the places by the population's deviation; zeros where it is constant."""
@@ -282,7 +284,7 @@ class Scale:
 
     def spread(self, level: Tensor) -> Tensor:
         """Values (B, m) of pooled places, brought back to all places (B, n)."""
-        return level if self.up is None else (self.up @ level[..., None])[..., 0]
+        return level if self.up is None else (self.up.to(level.dtype) @ level[..., None])[..., 0]
 
 
 def _image_scales(grid: tuple[int, int], like: Tensor) -> list[Scale]:
