@@ -168,7 +168,7 @@ class Explainer:
         Raises InputError where they do not, for a method that has none, and as calling does.
         """
         if not self._run.has_features:
-            having = ", ".join(name for name, method in METHODS.items() if method.info.prompt_free)
+            having = ", ".join(name for name, method in METHODS.items() if method().has_features)
             raise InputError(f"{self.method} has no attribution features as it is set; those that can have: {having}.")
         self._explains("image")
         found = sources(images)
