@@ -35,6 +35,7 @@ PACKAGES = [
     "clipfast",
     "clipfast.cli",
     "clipfast.data",
+    "clipfast.data.datasets",
     "clipfast.kernels",
     "clipfast.methods",
     "clipfast.metrics",
