@@ -18,6 +18,7 @@ from torch import Tensor
 from clipfast.data.geometry import Geometry
 from clipfast.data.images import read_image
 from clipfast.errors import ImageError, InputError, TextError
+from clipfast.methods import METHODS
 from clipfast.methods.base import Relu, combine
 from clipfast.ops.minmax import minmax
 
@@ -137,7 +138,8 @@ class Attribution:
         geometry, maps = self.geometries[index], self.maps[index][prompts]
         assert geometry is not None
         pixels = tuple(maps.shape[-2:]) == geometry.input
-        unit, palette = drawable(maps, outliers=_OUTLIERS if pixels else 0.0, together=together)
+        signs = self.method not in METHODS or METHODS[self.method].signs
+        unit, palette = drawable(maps, signs=signs, outliers=_OUTLIERS if pixels else 0.0, together=together)
         longer = max(geometry.height, geometry.width)
         if side is not None and longer > side:
             geometry = geometry.resized(*(max(1, round(s * side / longer)) for s in (geometry.height, geometry.width)))

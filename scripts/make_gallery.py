@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from make_pictures import picture
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 import clipfast
 from clipfast.methods import METHODS
@@ -29,40 +28,34 @@ INK, FAINT = (24, 24, 27), (113, 113, 122)
 
 def main(docs: Path) -> None:
     model, scene = clipfast.load("demo"), picture(SCENE)
-    maps: dict[str, Tensor] = {}
+    drawn: dict[str, list[Image.Image]] = {}
     words: dict[str, clipfast.Words] = {}
     for name, method in METHODS.items():
         started = time.perf_counter()
         if "image" in method.sides() and ImageTower in method.reads:
-            maps[name] = clipfast.Explainer(model, name).__call__(scene, PROMPTS).resize(0)
+            out = clipfast.explain(scene, PROMPTS, model=model, method=name)
+            drawn[name] = [
+                overlay(scene, heat[0], colormap=palette) for heat, palette in (out.drawable(0, [p]) for p in range(2))
+            ]
         if "text" in method.sides():
             signed = {"signed": True} if "signed" in method.parameters() else {}
             words[name] = clipfast.Explainer(model, name, **signed).words(scene, SENTENCE)
         print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-    save_image(sheet(scene, maps), docs / "images" / "gallery.png")
+    save_image(sheet(scene, drawn), docs / "images" / "gallery.png")
     save_image(strips(words), docs / "images" / "gallery-words.png")
     (docs / "gallery.md").write_text(page())
 
 
-def drawn(scene: Image.Image, heat: Tensor) -> Image.Image:
-    """A map over the scene: signed where it has both signs, from its least to its greatest where it has one."""
-    largest = heat.abs().max().clamp(min=1e-30)
-    if heat.min() < -0.02 * largest:
-        return overlay(scene, 0.5 + 0.5 * heat / largest, colormap="signed")
-    spread = (heat.max() - heat.min()).clamp(min=1e-30)
-    return overlay(scene, (heat - heat.min()) / spread)
-
-
-def sheet(scene: Image.Image, maps: dict[str, Tensor]) -> Image.Image:
+def sheet(scene: Image.Image, drawn: dict[str, list[Image.Image]]) -> Image.Image:
     """The scene, and then for every method the maps of all prompts side by side under its name."""
     title, small = ImageFont.load_default(16), ImageFont.load_default(12)
     wide = len(PROMPTS) * (CELL + 2)
     high = CELL + 40
-    down = -(-(len(maps) + 1) // ACROSS)
+    down = -(-(len(drawn) + 1) // ACROSS)
     out = Image.new("RGB", (GAP + ACROSS * (wide + 2 * GAP), GAP + down * (high + GAP)), "white")
     draw = ImageDraw.Draw(out)
     cells = [("the scene", [scene], [""])]
-    cells += [(name, [drawn(scene, m) for m in found], PROMPTS) for name, found in maps.items()]
+    cells += [(name, found, PROMPTS) for name, found in drawn.items()]
     for i, (name, pictures, prompts) in enumerate(cells):
         left, top = GAP + i % ACROSS * (wide + 2 * GAP), GAP + i // ACROSS * (high + GAP)
         draw.text((left, top), name, fill=INK, font=title)

@@ -99,6 +99,8 @@ class Method:
     reads: ClassVar[tuple[type[AnyImageTower], ...]] = (ImageTower,)
     # Whether the tower's activations are kept for a backward pass: batches are made smaller for it.
     keeps_activations: ClassVar[bool] = False
+    # Whether the sign of a map says for or against. Of plain cosines only the order says anything.
+    signs: ClassVar[bool] = True
     # Whether `maps` takes the state of a single word in place of a text's embedding.
     maps_words: ClassVar[bool] = False
 

@@ -38,6 +38,7 @@ class Gem(Method):
     refinements: int = 1
     tau: float | None = None
 
+    signs: ClassVar[bool] = False
     info: ClassVar = MethodInfo(
         source="Bousselham et al., CVPR 2024",
         forwards="1",

@@ -35,6 +35,7 @@ class MaskClip(Method):
     residual: bool = True
     times_kk: bool = False
 
+    signs: ClassVar[bool] = False
     info: ClassVar = MethodInfo(
         source="Zhou et al., ECCV 2022",
         forwards="1",

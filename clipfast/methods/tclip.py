@@ -113,6 +113,7 @@ class Tclip(Method):
     aggregate: Literal["eot", "words", "max"] = "eot"
     views: int = 1
 
+    signs: ClassVar[bool] = False
     info: ClassVar = MethodInfo(
         source="TCLIP (poster, without code)",
         forwards="views",

@@ -49,17 +49,18 @@ def palette(name: str = "heat") -> np.ndarray:
     return table
 
 
-def drawable(maps: Tensor, *, outliers: float = 0.0, together: bool = False) -> tuple[Tensor, str]:
+def drawable(maps: Tensor, *, signs: bool = True, outliers: float = 0.0, together: bool = False) -> tuple[Tensor, str]:
     """Raw maps (P, h, w) as they are drawn: values in 0..1, and the palette that shows them.
 
     Maps of one sign go from their least to their greatest value, "heat", and a constant one is nothing. Where anything
     lies below zero by more than 2 % of the largest magnitude they are "signed", and 0.5 is zero.
 
+    signs: whether zero means anything; without, maps of two signs are "heat", too.
     outliers: this share of each map's strongest values is drawn no stronger than the rest: single pixels can lie far
         above all others. together: one scale for all maps, in place of one for each.
     """
     values = maps.flatten(1)
-    signed = bool(values.min() < -_ONE_SIGN * values.abs().max())
+    signed = signs and bool(values.min() < -_ONE_SIGN * values.abs().max())
     strength = values.abs() if signed else values
     high = strength.kthvalue(max(1, math.ceil((1 - outliers) * values.shape[1])), dim=1, keepdim=True).values
     low = torch.zeros_like(high) if signed else values.amin(1, keepdim=True)

@@ -115,3 +115,11 @@ def test_single_outliers_do_not_hide_the_rest(sign) -> None:
     unit, _ = drawable(maps, outliers=0.005)
     assert unit[0, 3, 4] == (1.0 if sign > 0 else 0.0)
     assert 0.4 < (unit[0] if sign > 0 else unit[0] * 2 - 1).mean() < 0.6
+
+
+def test_maps_whose_sign_says_nothing_are_heat() -> None:
+    maps = torch.tensor([[[-3.0, -1.0], [-2.0, 1.0]]])
+    unit, name = drawable(maps, signs=False)
+    assert name == "heat"
+    assert unit.flatten().tolist() == [0.0, 0.5, 0.25, 1.0]
+    assert drawable(maps)[1] == "signed"
