@@ -7,7 +7,7 @@ divides sums over a data set (`segmentation/chefer`) gets them as honestly as on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -54,15 +54,23 @@ class Figure:
 
 
 def figures(
-    protocol: Protocol, columns: Mapping[str, Tensor], *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    protocol: Protocol,
+    columns: Mapping[str, Tensor],
+    *,
+    groups: Tensor | None = None,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> list[Figure]:
     """The protocol's figures with their bootstrap standard errors and percentile intervals (Efron, 1979).
 
-    columns: (N,) each. Samples, not pixels or prompts, are what is drawn again. Raises InputError for no samples.
+    columns: (N,) each. Samples, not pixels or prompts, are what is drawn again. groups (N,) whole numbers: which rows
+    are of one sample, such as the prompts of one image, and are drawn together; by default each row is its own.
+    Raises InputError for no samples.
     """
     count = _count(columns)
     values = protocol.summary(columns)
-    drawn = [protocol.summary(_take(columns, rows)) for rows in _draws(count, resamples, seed)]
+    drawn = [protocol.summary(_take(columns, rows)) for rows in _draws(count, resamples, seed, groups)]
     tail = (1 - level) / 2
     found = []
     for name, value in values.items():
@@ -95,11 +103,14 @@ def compare(
     a: Mapping[str, Tensor],
     b: Mapping[str, Tensor],
     *,
+    groups: Tensor | None = None,
     resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
 ) -> list[Difference]:
     """The differences a - b, by paired bootstrap: both explanations are drawn on the same samples each time.
+
+    groups: as for `figures`.
 
     Raises InputError where a and b do not hold the same number of samples.
     """
@@ -108,7 +119,7 @@ def compare(
         raise InputError(f"paired samples are needed: there are {count} and {_count(b)}.")
     first, second = protocol.summary(a), protocol.summary(b)
     drawn = []
-    for rows in _draws(count, resamples, seed):
+    for rows in _draws(count, resamples, seed, groups):
         one, other = protocol.summary(_take(a, rows)), protocol.summary(_take(b, rows))
         drawn.append({name: one[name] - other[name] for name in one})
     tail = (1 - level) / 2
@@ -137,6 +148,17 @@ def _take(columns: Mapping[str, Tensor], rows: Tensor) -> Columns:
     return {name: column[rows] for name, column in columns.items()}
 
 
-def _draws(count: int, resamples: int, seed: int) -> Sequence[Tensor]:
+def _draws(count: int, resamples: int, seed: int, groups: Tensor | None) -> Iterator[Tensor]:
+    """The rows of each resample: those of as many groups as there are, drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(count, (count,), generator=generator) for _ in range(resamples)]
+    if groups is None:
+        groups = torch.arange(count)
+    if groups.shape != (count,):
+        raise InputError(f"groups must say of each of {count} rows which sample it is of, not {tuple(groups.shape)}.")
+    order, sizes = groups.argsort(stable=True), groups.unique(return_counts=True)[1]
+    starts = sizes.cumsum(0) - sizes
+    for _ in range(resamples):
+        drawn = torch.randint(len(sizes), (len(sizes),), generator=generator)
+        wanted = sizes[drawn]
+        behind = wanted.cumsum(0) - wanted
+        yield order[torch.arange(int(wanted.sum())) + (starts[drawn] - behind).repeat_interleave(wanted)]

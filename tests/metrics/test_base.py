@@ -81,3 +81,32 @@ def test_what_does_not_pair_is_refused() -> None:
 
 def test_parameters_are_what_is_printed() -> None:
     assert Averaged(0.3).parameters() == {"threshold": 0.3}
+
+
+def test_rows_of_one_sample_are_drawn_together() -> None:
+    """Copies of a row say nothing new: the error is that of the samples, not of the rows."""
+    column = normal(200, 1.0, 5)
+    (once,) = figures(Averaged(), {"hit": column})
+    copied = {"hit": column.repeat_interleave(3)}
+    (grouped,) = figures(Averaged(), copied, groups=torch.arange(200).repeat_interleave(3) * 7)
+    assert grouped.value == pytest.approx(once.value)
+    assert grouped.error == pytest.approx(once.error)
+    (rows,) = figures(Averaged(), copied)
+    assert rows.error < 0.7 * grouped.error
+    with pytest.raises(InputError, match="which sample"):
+        figures(Averaged(), copied, groups=torch.arange(200))
+
+
+def test_groups_of_several_sizes() -> None:
+    """Sums over drawn groups, against a loop over them."""
+    sizes = torch.tensor([1, 3, 2])
+    groups = torch.arange(3).repeat_interleave(sizes)
+    column = torch.tensor([1.0, 10.0, 10.0, 10.0, 100.0, 100.0], dtype=torch.float64)
+    (found,) = figures(Averaged(), {"hit": column}, groups=groups, resamples=4000)
+    draws = [
+        column[torch.cat([torch.nonzero(groups == g)[:, 0] for g in (a, b, c)])].mean()
+        for a in range(3)
+        for b in range(3)
+        for c in range(3)
+    ]
+    assert found.error == pytest.approx(float(torch.stack(draws).std(correction=0)), rel=0.05)
