@@ -94,7 +94,7 @@ def explain_words(
     ids, words = ids[:, :seen], words[:, :seen].long()
     counts = words.amax(-1).tolist()
     plans = {count: coalitions(count) for count in set(counts)}
-    kept = [_positions_kept(plans[count].members.to(ids.device), row) for count, row in zip(counts, words, strict=True)]
+    kept = [positions_kept(plans[count].members.to(ids.device), row) for count, row in zip(counts, words, strict=True)]
     sizes = [len(rows) for rows in kept]
     keep = torch.cat(kept)
     texts = torch.arange(len(ids)).repeat_interleave(torch.tensor(sizes))
@@ -103,7 +103,7 @@ def explain_words(
         seen,
         texts,
         torch.arange(len(texts)),
-        lambda text, row: tower.encode(_without(ids[text.to(ids.device)], keep[row.to(ids.device)])),
+        lambda text, row: tower.encode(without(ids[text.to(ids.device)], keep[row.to(ids.device)])),
     )
     values = z.new_zeros(*ids.shape, z.shape[1])
     for count, row, embeddings, value in zip(counts, words, z.split(sizes), values, strict=True):
@@ -114,12 +114,12 @@ def explain_words(
     return LinearExplained(tower.encode(ids), values, (words > 0).to(z.dtype), "none")
 
 
-def _positions_kept(members: Tensor, words: Tensor) -> Tensor:
-    """Which positions of a text with words (T,) stay for each set of its words (K, W): (K, T)."""
-    return torch.cat((torch.ones_like(members[:, :1]), members), dim=1)[:, words]
+def positions_kept(members: Tensor, words: Tensor) -> Tensor:
+    """Which positions of texts with words (K, T), or (T,) where all have the same, stay for sets (K, W): (K, T)."""
+    return torch.cat((torch.ones_like(members[:, :1]), members), dim=1).gather(1, words.expand(len(members), -1))
 
 
-def _without(ids: Tensor, keep: Tensor) -> Tensor:
+def without(ids: Tensor, keep: Tensor) -> Tensor:
     """Token ids (R, T) with only those to keep (R, T), moved together; the rest repeats the last id."""
     order = (~keep).int().argsort(dim=-1, stable=True)
     places = torch.arange(ids.shape[1], device=ids.device)

@@ -137,9 +137,9 @@ def curves(
     pairs = torch.arange(b * p, device=images.device)
 
     def encoded(x: Tensor) -> Tensor:
-        begun = _now(x)
+        begun = now(x)
         z = encode(x)
-        clock.forwards += _now(x) - begun
+        clock.forwards += now(x) - begun
         return z
 
     def at_end(x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def on_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Curves(Protocol):
+class Curves(Protocol):
     """Deletion and insertion together, since they share the clean image: columns for the points and areas of both."""
 
     figures: ClassVar[Mapping[str, str]] = {"deletion": "lower", "insertion": "higher"}
@@ -203,7 +203,7 @@ class _Curves(Protocol):
 
 
 @dataclass(frozen=True)
-class CurvesRise(_Curves):
+class CurvesRise(Curves):
     """`deletion/rise` and `insertion/rise`: deletion to zeros, insertion from a blurred image, the score a probability.
 
     steps: of equal numbers of pixels; RISE's 224 pixels a step of a 224 x 224 image are 224 steps, its notebook's 28.
@@ -239,7 +239,7 @@ class CurvesRise(_Curves):
 
 
 @dataclass(frozen=True)
-class CurvesCosine(_Curves):
+class CurvesCosine(Curves):
     """`deletion/cosine` and `insertion/cosine`: for pairs without classes; both to and from the mean colour (zeros).
 
     steps: of equal numbers of pixels.
@@ -323,9 +323,9 @@ class CurvesGradEclip(Protocol):
 
         def flush() -> None:
             x = normalize(torch.stack(waiting), spec, dtype, device)
-            begun = _now(x)
+            begun = now(x)
             z = encode(x)
-            clock.forwards += _now(x) - begun
+            clock.forwards += now(x) - begun
             hits.append(classes.hit(z, torch.tensor(owners, device=z.device)).cpu())
             waiting.clear()
             owners.clear()
@@ -390,9 +390,9 @@ class CurvesGradEclip(Protocol):
         rows = []
         for source in pictures:
             x = normalize(prepare(source, spec)[0][None], spec, dtype, device)
-            begun = _now(x)
+            begun = now(x)
             rows.append(encode(x))
-            clock.forwards += _now(x) - begun
+            clock.forwards += now(x) - begun
         prompts = torch.tensor([len(heat) for heat in maps])
         z = torch.cat(rows).repeat_interleave(prompts.to(rows[0].device), 0)
         return classes.hit(z, torch.arange(len(z), device=z.device)).double().cpu()
@@ -434,9 +434,9 @@ class Confidence(Protocol):
         def scores(x: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
             parts = []
             for part in rows.split(batch):
-                begun = _now(images)
+                begun = now(images)
                 parts.append(encode(x(part)))
-                clock.forwards += _now(images) - begun
+                clock.forwards += now(images) - begun
             return torch.cat(parts)
 
         clean = scores(lambda rows: images[rows], torch.arange(b, device=images.device)).repeat_interleave(p, 0)
@@ -449,7 +449,7 @@ class Confidence(Protocol):
         return {"drop": 100 * lost, "increase": 100 * (left > c).double()}
 
 
-def _now(x: Tensor) -> float:
+def now(x: Tensor) -> float:
     """The time, when what was asked of the device of x is done."""
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
