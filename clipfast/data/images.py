@@ -47,11 +47,11 @@ def expand(patterns: Sequence[str | Path]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            matches = sorted(p for p in path.iterdir() if is_image(p))
+            matches = sorted(p for p in path.iterdir() if is_image(p) and p.is_file())
         elif path.exists() or not glob.has_magic(str(path)):
             matches = [path]
         else:
-            matches = sorted(p for p in map(Path, glob.iglob(str(path), recursive=True)) if is_image(p))
+            matches = sorted(p for p in map(Path, glob.iglob(str(path), recursive=True)) if is_image(p) and p.is_file())
         if not matches:
             raise InputError(
                 f"no image found under '{pattern}': images are recognised by suffix (.jpg, .png, .webp, .tif, ...),"
@@ -62,8 +62,8 @@ def expand(patterns: Sequence[str | Path]) -> list[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is a picture by its suffix, and not hidden."""
-    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+    """Whether a path is called as a picture is, by its suffix, and not hidden."""
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
 
 
 def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:

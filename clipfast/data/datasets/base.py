@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -30,7 +31,7 @@ Box = tuple[float, float, float, float]
 class Target:
     """One thing in a picture that a model can be asked for.
 
-    text: what is asked, the class's name as it stands, without a template. label: its index in the data set's `classes`.
+    text: what is asked, the class's name as it stands, without a template. label: its index in the set's `classes`.
     mask: (H, W) on the picture's own pixels, bool, or int8 with 1 = object, 0 = other, -1 = ignore.
     boxes: all boxes of this class, (left, top, right, bottom) in the picture's pixels, right and bottom exclusive.
     None where the data set does not know.
@@ -135,7 +136,9 @@ def pictures(path: Path) -> list[Path]:
     """The pictures directly in a folder, by name; none where it is no folder."""
     if not path.is_dir():
         return []
-    return sorted((p for p in path.iterdir() if is_image(p)), key=lambda p: p.name)
+    # Entries know what they are; asking the disk for each of a million paths would take minutes.
+    with os.scandir(path) as entries:
+        return [path / name for name in sorted(e.name for e in entries if is_image(Path(e.name)) and e.is_file())]
 
 
 def first_existing(*paths: Path) -> Path | None:
