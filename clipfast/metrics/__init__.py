@@ -10,6 +10,7 @@ from clipfast.metrics.localisation import (
     SegmentationChefer,
 )
 from clipfast.metrics.typographic import Typographic, paste_word, typographic
+from clipfast.metrics.words import Sentences, WordConfidence, WordCurvesCosine, WordCurvesRetrieval
 
 __all__ = [
     "BoxGScoreCam",
@@ -20,7 +21,11 @@ __all__ = [
     "PointingGame",
     "PrecisionAt",
     "SegmentationChefer",
+    "Sentences",
     "Typographic",
+    "WordConfidence",
+    "WordCurvesCosine",
+    "WordCurvesRetrieval",
     "paste_word",
     "typographic",
 ]
