@@ -118,7 +118,7 @@ class SmoothGrad(Method):
         forwards="samples + 1",
         backwards="samples x P",
         prompt_free=False,
-        agrees="captum's NoiseTunnel over its Saliency on the same noise, to 1e-9 in float64",
+        agrees="the mean of autograd's gradients over the same noisy copies, to 1e-9 in float64",
         our_reading="what is averaged is the absolute gradient, summed over channels",
     )
 

@@ -16,6 +16,7 @@ from clipfast.errors import InputError
 from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Method
 from clipfast.models.openclip import image_tower, text_tower
+from clipfast.models.resnet import ResNetTower
 from clipfast.models.tower import ImageTower, TextTower
 
 # Cheap settings of what would run for long; everything else as it comes.
@@ -34,16 +35,32 @@ CHEAP: dict[str, dict[str, Any]] = {
 COMPARES_PROMPTS = {"clip_surgery"}
 TEXTS = ["a dog on the left", "boat", "two red cars next to a tree"]
 
-IMAGE = [
-    name
+KINDS = {"transformer": ImageTower, "resnet": ResNetTower}
+# Every method with every kind of image tower that it reads.
+PAIRS = [
+    (name, kind)
     for name, method in METHODS.items()
-    if "image" in method.sides() and ImageTower in getattr(method, "reads", (ImageTower,))
+    for kind, tower in KINDS.items()
+    if "image" in method.sides() and tower in method.reads
 ]
+IMAGE = [name for name, kind in PAIRS if kind == "transformer"]
 TEXT = [name for name, method in METHODS.items() if "text" in method.sides()]
 
 
 def built(name: str) -> Method:
     return build_method(name, CHEAP.get(name, {}))
+
+
+@pytest.fixture
+def build(build_clip: Any, build_resnet: Any) -> Any:
+    """A model of a kind, small enough for 200 calls, for images of `size` where it is a transformer."""
+
+    def made(kind: str, size: tuple[int, int], patch: int = 16) -> Any:
+        if kind == "resnet":
+            return build_resnet(image_size=64, width=4)
+        return build_clip(image_size=size, patch_size=patch, layers=3 if patch == 16 else 2)
+
+    return made
 
 
 @pytest.fixture
@@ -53,9 +70,8 @@ def towers(build_clip: Any) -> tuple[ImageTower, TextTower]:
     return image_tower(module), text_tower(module)
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(3, 3, 32, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -84,27 +100,28 @@ def ask(method: Method, explained: Any, texts: Tensor, empty: Tensor) -> Tensor:
     return explained.maps(texts, **more)
 
 
-@pytest.mark.parametrize("name", IMAGE)
-def test_a_batch_equals_one_image_at_a_time(name, towers, images, texts) -> None:
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_a_batch_equals_one_image_at_a_time(name, kind, build, texts) -> None:
     method, empty = built(name), texts[-1:]
-    together = method.image(towers[0], images)
+    tower, images = prepared(build, kind)
+    together = method.image(tower, images)
     maps = ask(method, together, texts[:3], empty)
-    height, width = method.grid(towers[0], (32, 48))
+    height, width = method.grid(tower, (images.shape[2], images.shape[3]))
     assert maps.shape == (3, 3, height * width) and maps.isfinite().all()
     assert maps.abs().max() > 0
-    same(together.z, towers[0].encode(images))
+    same(together.z, tower.encode(images))
     for i in range(3):
-        alone = method.image(towers[0], images[i : i + 1])
+        alone = method.image(tower, images[i : i + 1])
         same(ask(method, alone, texts[:3], empty), maps[i : i + 1])
         if name not in COMPARES_PROMPTS:
             for p in range(3):
                 same(ask(method, alone, texts[p : p + 1], empty)[:, 0], maps[i : i + 1, p])
 
 
-@pytest.mark.parametrize("name", IMAGE)
-def test_prompts_permute_and_may_belong_to_images(name, towers, images, texts) -> None:
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_prompts_permute_and_may_belong_to_images(name, kind, build, texts) -> None:
     method, empty = built(name), texts[-1:]
-    explained = method.image(towers[0], images)
+    explained = method.image(*prepared(build, kind))
     maps = ask(method, explained, texts[:3], empty)
     order = [2, 0, 1]
     same(ask(method, explained, texts[order], empty), maps[:, order])
@@ -118,6 +135,12 @@ def test_prompts_permute_and_may_belong_to_images(name, towers, images, texts) -
     explained.maps(texts[:3], out=room[:, 1:4], **more)
     same(room[:, 1:4], maps)
     assert room[:, [0, 4]].isnan().all()
+
+
+def prepared(build: Any, kind: str) -> tuple[Any, Tensor]:
+    """A float64 tower of a kind, and three images of other than square shape for it."""
+    tower, _ = load(build(kind, (32, 48)).double()).towers()
+    return tower, noise(3, 3, *((64, 96) if kind == "resnet" else (32, 48)))
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -152,22 +175,23 @@ def test_patches_that_cannot_be_told_apart_get_the_same(name, build_clip, texts)
     assert (spread <= 1e-9 * maps.abs().amax(-1).clamp(min=1e-3)).all()
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-def test_the_model_stays_as_it_was(name, build_clip, tokenizer) -> None:
-    if name not in IMAGE and name not in TEXT:
-        pytest.skip("reads another kind of tower")
-    module = build_clip(image_size=32, patch_size=16)
+BOTH = [*PAIRS, *((name, "transformer") for name in TEXT if name not in IMAGE)]
+
+
+@pytest.mark.parametrize(("name", "kind"), BOTH)
+def test_the_model_stays_as_it_was(name, kind, build, tokenizer) -> None:
+    module = build(kind, (32, 32))
     module.train()
     for i, parameter in enumerate(module.parameters()):
         parameter.requires_grad_(i % 3 > 0)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     flags = [parameter.requires_grad for parameter in module.parameters()]
     explainer = Explainer(load(module, tokenizer=tokenizer), name, **CHEAP.get(name, {}))
-    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    if name in IMAGE:
-        explainer(x, TEXTS)
+    x = noise(2, 3, 64, 64).float() if kind == "resnet" else noise(2, 3, 32, 32).float()
     if name in TEXT:
         explainer.words(x[0], TEXTS)
+    if (name, kind) in PAIRS:
+        explainer(x, TEXTS)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert [parameter.requires_grad for parameter in module.parameters()] == flags
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -178,17 +202,13 @@ def test_the_model_stays_as_it_was(name, build_clip, tokenizer) -> None:
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-def test_memory_does_not_grow_over_200_calls(name, build_clip, tokenizer) -> None:
-    if name not in IMAGE and name not in TEXT:
-        pytest.skip("reads another kind of tower")
-    explainer = Explainer(
-        load(build_clip(image_size=16, patch_size=8, layers=2), tokenizer=tokenizer), name, **CHEAP.get(name, {})
-    )
-    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize(("name", "kind"), BOTH)
+def test_memory_does_not_grow_over_200_calls(name, kind, build, tokenizer) -> None:
+    explainer = Explainer(load(build(kind, (16, 16), 8), tokenizer=tokenizer), name, **CHEAP.get(name, {}))
+    x = noise(1, 3, 64, 64).float() if kind == "resnet" else noise(1, 3, 16, 16).float()
 
     def call() -> None:
-        if name in IMAGE:
+        if (name, kind) in PAIRS:
             explainer(x, TEXTS[:2])
         else:
             explainer.words(x[0], TEXTS[:2])
@@ -196,10 +216,11 @@ def test_memory_does_not_grow_over_200_calls(name, build_clip, tokenizer) -> Non
     for _ in range(20):
         call()
     tensors, pages = _tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(200):
+    # A ResNet's calls take several times as long.
+    for _ in range(200 if kind == "transformer" else 40):
         call()
     assert _tensors() <= tensors
-    # In kilobytes; a leaked map, graph or batch of 200 calls would be several times that.
+    # In kilobytes; a leaked map, graph or batch of so many calls would be several times that.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - pages < 4096
 
 
