@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -83,6 +84,13 @@ class Explainer:
         self._cached: tuple[Any, tuple[str, ...], Tensor, TokenStates | None] | None = None
         self._cached_companions: tuple[Any, tuple[str, ...], Tensor] | None = None
         self.model.towers(precision)
+
+    def on(self, model: Any) -> Explainer:
+        """The same method, precision and preprocessing, for another model (what `clipfast.load` returns or takes)."""
+        other = copy(self)
+        other.model, other._cached, other._cached_companions = load(model), None, None
+        other.model.towers(self.precision)
+        return other
 
     # Several layers need autograd, which refuses tensors made under a caller's inference_mode.
     @torch.inference_mode(False)

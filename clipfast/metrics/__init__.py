@@ -9,7 +9,9 @@ from clipfast.metrics.localisation import (
     PrecisionAt,
     SegmentationChefer,
 )
+from clipfast.metrics.stability import StabilitySsim, map_ssim, ssim
 from clipfast.metrics.typographic import Typographic, paste_word, typographic
+from clipfast.metrics.zero_shot import ZeroShot, class_embeddings
 from clipfast.metrics.words import Sentences, WordConfidence, WordCurvesCosine, WordCurvesRetrieval
 
 __all__ = [
@@ -22,10 +24,13 @@ __all__ = [
     "PrecisionAt",
     "SegmentationChefer",
     "Sentences",
+    "StabilitySsim",
     "Typographic",
     "WordConfidence",
     "WordCurvesCosine",
     "WordCurvesRetrieval",
+    "map_ssim",
     "paste_word",
+    "ssim",
     "typographic",
 ]
