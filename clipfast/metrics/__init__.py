@@ -11,8 +11,8 @@ from clipfast.metrics.localisation import (
 )
 from clipfast.metrics.stability import StabilitySsim, map_ssim, ssim
 from clipfast.metrics.typographic import Typographic, paste_word, typographic
-from clipfast.metrics.zero_shot import ZeroShot, class_embeddings
 from clipfast.metrics.words import Sentences, WordConfidence, WordCurvesCosine, WordCurvesRetrieval
+from clipfast.metrics.zero_shot import ZeroShot, class_embeddings
 
 __all__ = [
     "BoxGScoreCam",
