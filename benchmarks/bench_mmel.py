@@ -65,7 +65,7 @@ def maps_of(explainer: clipfast.Explainer, x: Tensor, texts: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("prompts", [1, 100])
 def test_mmel(prompts: int) -> None:
-    names = ["Grad-ECLIP", "MMEL, pooled", "MMEL, paper", "Grad-ECLIP, combined weight (MMEL's base)"]
+    names = ["Grad-ECLIP", "MMEL, pooled", "Grad-ECLIP, combined weight (MMEL's base)", "MMEL, paper"]
     functions, errors = calls(names, prompts)
     found = claim(
         f"mmel_{prompts}",
@@ -75,6 +75,7 @@ def test_mmel(prompts: int) -> None:
         at_most={"MMEL, pooled": 1.06},
         errors=errors,
         notes="The paper claims 1.15 for its own code, which is not published.",
+        repeats=15,
     )
     assert found["rows"][1]["ratio"] <= 1.06
 
