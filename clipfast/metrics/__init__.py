@@ -29,6 +29,8 @@ __all__ = [
     "WordConfidence",
     "WordCurvesCosine",
     "WordCurvesRetrieval",
+    "ZeroShot",
+    "class_embeddings",
     "map_ssim",
     "paste_word",
     "ssim",
