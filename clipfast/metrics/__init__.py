@@ -9,6 +9,7 @@ from clipfast.metrics.localisation import (
     PrecisionAt,
     SegmentationChefer,
 )
+from clipfast.metrics.sanity import ClassSensitivity, SanityCascade, SanityWordCascade, spearman
 from clipfast.metrics.stability import StabilitySsim, map_ssim, ssim
 from clipfast.metrics.typographic import Typographic, paste_word, typographic
 from clipfast.metrics.words import Sentences, WordConfidence, WordCurvesCosine, WordCurvesRetrieval
@@ -16,12 +17,15 @@ from clipfast.metrics.zero_shot import ZeroShot, class_embeddings
 
 __all__ = [
     "BoxGScoreCam",
+    "ClassSensitivity",
     "EnergyPointingGame",
     "Gini",
     "MaskIou",
     "MaxBoxAcc",
     "PointingGame",
     "PrecisionAt",
+    "SanityCascade",
+    "SanityWordCascade",
     "SegmentationChefer",
     "Sentences",
     "StabilitySsim",
@@ -33,6 +37,7 @@ __all__ = [
     "class_embeddings",
     "map_ssim",
     "paste_word",
+    "spearman",
     "ssim",
     "typographic",
 ]
