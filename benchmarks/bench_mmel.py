@@ -86,8 +86,10 @@ def test_two_layers(prompts: int) -> None:
     functions, errors = calls(["Grad-ECLIP", "Grad-ECLIP, two layers"], prompts)
     autograd = "autograd through both blocks for each prompt"
     few = texts[: min(prompts, 5)]
-    expected = two_layers_by_autograd(exact, x[:1].double(), few.double())
-    ours = maps_of(clipfast.Explainer(exact, layers=2), x[:1].double(), few.double())
+    # Unit in float64, too, as the engine makes them.
+    wide = F.normalize(few.double(), dim=-1)
+    expected = two_layers_by_autograd(exact, x[:1].double(), wide)
+    ours = maps_of(clipfast.Explainer(exact, layers=2), x[:1].double(), wide)
     assert (ours - expected).norm() / expected.norm() < 1e-10
     errors[autograd] = float((two_layers_by_autograd(model, x[:1], few) - expected).norm() / expected.norm())
     functions[autograd] = partial(two_layers_by_autograd, model, x, texts[:prompts])
