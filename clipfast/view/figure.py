@@ -105,28 +105,55 @@ def strip(
         )
     fitted = _fit(image, cell)
     pictures = [fitted, *(overlay(fitted, m, alpha, colormap) for m in maps)]
-    captions = ["", *words]
-    numbers = [""] * len(captions) if scores is None else ["", *(f"{score:.2f}" for score in scores)]
-    font, small = _font(max(cell // 10, 9)), _font(max(cell // 14, 8))
-    gap, line = max(cell // 14, 4), round(font.size * 1.5)
+    numbers = None if scores is None else ["", *(f"{score:.2f}" for score in scores)]
+    return side_by_side(pictures, ["", *words], numbers=numbers, title=title, columns=columns)
+
+
+def side_by_side(
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    *,
+    numbers: Sequence[str] | None = None,
+    title: str | None = None,
+    columns: int = 8,
+) -> Image.Image:
+    """Pictures of one size in a row, each with its caption beneath it, and a number, if any, small beneath that.
+
+    title, columns: as for `strip`.
+
+    Raises InputError where these do not belong together.
+    """
+    if (
+        not pictures
+        or len({p.size for p in pictures}) > 1
+        or {len(captions), len(numbers or captions)} != {len(pictures)}
+    ):
+        raise InputError(
+            f"a row needs pictures of one size, a caption for each, and as many numbers if any, not {len(pictures)} "
+            f"pictures, {len(captions)} captions{'' if numbers is None else f' and {len(numbers)} numbers'}."
+        )
+    width, height = pictures[0].size
+    longer = max(width, height)
+    font, small = _font(max(longer // 10, 9)), _font(max(longer // 14, 8))
+    gap, line = max(longer // 14, 4), round(font.size * 1.5)
     across = min(len(pictures), max(columns, 1))
-    high = fitted.height + line + (0 if scores is None else round(small.size * 1.5)) + gap
+    high = height + line + (0 if numbers is None else round(small.size * 1.5)) + gap
     head = 0 if title is None else round(font.size * 1.9)
-    width = gap + across * (fitted.width + gap)
-    sheet = Image.new("RGB", (width, gap + head + -(-len(pictures) // across) * high), _PAPER)
+    sheet = Image.new("RGB", (gap + across * (width + gap), gap + head + -(-len(pictures) // across) * high), _PAPER)
     draw = ImageDraw.Draw(sheet)
     if title is not None:
-        draw.text((gap, gap), _cut(title, font, width - 2 * gap), fill=_INK, font=font)
+        draw.text((gap, gap), _cut(title, font, sheet.width - 2 * gap), fill=_INK, font=font)
     # Drawn larger and shrunk, for smooth corners.
-    corners = Image.new("L", (4 * fitted.width, 4 * fitted.height), 0)
+    corners = Image.new("L", (4 * width, 4 * height), 0)
     ImageDraw.Draw(corners).rounded_rectangle((0, 0, corners.width - 1, corners.height - 1), 2 * gap, fill=255)
-    corners = corners.resize(fitted.size, Image.Resampling.BOX)
-    for i, (picture, caption, number) in enumerate(zip(pictures, captions, numbers, strict=True)):
-        left, top = gap + i % across * (fitted.width + gap), gap + head + i // across * high
+    corners = corners.resize((width, height), Image.Resampling.BOX)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = gap + i % across * (width + gap), gap + head + i // across * high
         sheet.paste(picture, (left, top), corners)
-        middle, base = left + fitted.width // 2, top + fitted.height + line // 4
-        draw.text((middle, base), _cut(caption, font, fitted.width), fill=_INK, font=font, anchor="ma")
-        draw.text((middle, base + line), number, fill=_FAINT, font=small, anchor="ma")
+        middle, base = left + width // 2, top + height + line // 4
+        draw.text((middle, base), _cut(caption, font, width), fill=_INK, font=font, anchor="ma")
+        if numbers is not None:
+            draw.text((middle, base + line), numbers[i], fill=_FAINT, font=small, anchor="ma")
     return sheet
 
 
