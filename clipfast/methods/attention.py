@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.methods.base import Explained, Method, MethodInfo, choice
-from clipfast.methods.tokens import Tokens, block_index, image_tokens, text_tokens
+from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
 from clipfast.models.block import Block
 from clipfast.models.tower import ImageTower, Site, TextTower, Tower
 
@@ -86,7 +86,7 @@ class Attention(Method):
 
     @torch.no_grad()
     def _explain(self, tower: Tower, h: Tensor, tokens: Tokens) -> Explained:
-        index = block_index(tower, "layer", self.layer)
+        index = tower.block_index(self.layer, "layer")
         h = tower.run(h, stop=index, mask=tokens.mask)
         site = tower.site(h, tokens.pooled, index=index, visible=tokens.visible)
         attention = pooled_attention(tower.blocks[index], site, 1 if self.heads == "single" else None)
@@ -123,7 +123,7 @@ class Rollout(Method):
 
     @torch.no_grad()
     def _explain(self, tower: Tower, h: Tensor, tokens: Tokens) -> Explained:
-        first = block_index(tower, "start_layer", self.start_layer)
+        first = tower.block_index(self.start_layer, "start_layer")
         h = tower.run(h, stop=first, mask=tokens.mask)
         below: list[tuple[Block, Tensor, Tensor]] = []
         for layer, output in tower.layers(h, first, tower.depth - 1, mask=tokens.mask):

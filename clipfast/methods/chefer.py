@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clipfast.methods.attention import PIECE, head_groups, pooled_attention
 from clipfast.methods.base import Explained, Method, MethodInfo, choice
-from clipfast.methods.tokens import Tokens, block_index, image_tokens, text_tokens
+from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
 from clipfast.models.gradients import score_gradients
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Layer, Site, TextTower, Tower
@@ -145,7 +145,7 @@ class Chefer(Method):
 
     @torch.no_grad()
     def _explain(self, tower: Tower, h: Tensor, tokens: Tokens) -> Explained:
-        first = block_index(tower, "start_layer", self.start_layer)
+        first = tower.block_index(self.start_layer, "start_layer")
         scale = tower.logit_scale if self.score == "logit" else 1.0
         h = tower.run(h, stop=first, mask=tokens.mask)
         if first == tower.depth - 1:

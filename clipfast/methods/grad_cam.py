@@ -29,7 +29,7 @@ from torch import Tensor
 from clipfast.errors import InputError
 from clipfast.methods.attention import PIECE, pooled_attention
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
-from clipfast.methods.tokens import Tokens, block_index, image_tokens, text_tokens
+from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
 from clipfast.models.gradients import score_gradients
 from clipfast.models.model import AnyImageTower
 from clipfast.models.resnet import ResNetTower
@@ -185,7 +185,7 @@ class GradCam(Method):
 
     @torch.no_grad()
     def _explain(self, tower: Tower, h: Tensor, tokens: Tokens) -> WeightedChannels:
-        index = block_index(tower, "layer", self.layer)
+        index = tower.block_index(self.layer, "layer")
         heads = 1 if self.heads == "single" else None
         h = tower.run(h, stop=index, mask=tokens.mask)
         dtype = tower.tail.proj.dtype

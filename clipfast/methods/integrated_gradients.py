@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo
-from clipfast.methods.paths import Baseline, Path, block_index, check_baseline, image_baseline, image_path
+from clipfast.methods.paths import Baseline, Path, check_baseline, image_baseline, image_path
 from clipfast.methods.quadrature import Rule, quadrature
 from clipfast.models.gradients import score_gradients
 from clipfast.models.model import AnyImageTower
@@ -173,7 +173,7 @@ class IntegratedGradients(Method):
         return self._explained(tower, path, encode, lambda total: (path.delta * total).sum(-1) * inside)
 
     def _block(self, tower: Tower) -> int | None:
-        return block_index(tower, self.at, "at") if isinstance(self.at, int) else None
+        return tower.block_index(self.at, "at") if isinstance(self.at, int) else None
 
     def _explained(self, tower: Tower, path: Path, encode: Any, attribute: Any) -> PathExplained:
         return PathExplained(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least, choice, combine
-from clipfast.methods.paths import Baseline, block_index, check_baseline, image_baseline, image_path
+from clipfast.methods.paths import Baseline, check_baseline, image_baseline, image_path
 from clipfast.methods.quadrature import Rule, quadrature
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Site
@@ -193,7 +193,7 @@ class MgaClip(Method):
     @torch.no_grad()
     def fine(self, tower: ImageTower, x: Tensor) -> FineExplained:
         """The fine branch of normalised images (B, 3, H, W); it holds the coarse one, whose channels it needs."""
-        block = None if self.path == "pixel" else block_index(tower, self.path, "path")
+        block = None if self.path == "pixel" else tower.block_index(self.path, "path")
         path = image_path(tower, x, image_baseline(self.baseline, tower, x), block)
         prefix, last = tower.prefix.shape[0], tower.depth - 1
 

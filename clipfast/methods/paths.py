@@ -81,13 +81,6 @@ def image_path(tower: AnyImageTower, x: Tensor, baseline: Tensor, block: int | N
     return Path(start, end, block, end.shape[1])
 
 
-def block_index(tower: Tower, block: Any, name: str) -> int:
-    """The block that a parameter means, counted from the end where negative. Raises InputError where there is none."""
-    if not -tower.depth <= block < tower.depth:
-        raise InputError(f"{name}={block} was asked for, but this tower has {tower.depth} blocks.")
-    return block % tower.depth
-
-
 def image_baseline(baseline: Baseline, tower: AnyImageTower, x: Tensor) -> Tensor:
     """Where the paths to images x (B, 3, H, W) begin: (1, 3, H, W) where they share it, else (B, 3, H, W).
 

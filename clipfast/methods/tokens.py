@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipfast.errors import InputError
-from clipfast.models.tower import ImageTower, TextTower, Tower
+from clipfast.models.tower import ImageTower, TextTower
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,3 @@ def text_tokens(tower: TextTower, ids: Tensor, words: Tensor) -> tuple[Tensor, T
     ids, inside = ids[:, :seen], words[:, :seen] > 0
     tokens = Tokens(pooled, slice(None), tower.mask(seen), tower.visible(pooled, seen), inside)
     return tower.embed(ids), tokens
-
-
-def block_index(tower: Tower, name: str, index: int | str) -> int:
-    """The parameter `name` as a block's number from the bottom; negative ones count from the top.
-
-    Raises InputError where the tower has no such block.
-    """
-    if not isinstance(index, int) or isinstance(index, bool) or not -tower.depth <= index < tower.depth:
-        raise InputError(
-            f"{name}={index!r} is no block of this tower of {tower.depth}: "
-            f"give a whole number from {-tower.depth} to {tower.depth - 1}."
-        )
-    return index % tower.depth

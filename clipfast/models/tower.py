@@ -91,6 +91,18 @@ class Tower:
     def device(self) -> torch.device:
         return self.tail.proj.device
 
+    def block_index(self, index: int | str, name: str) -> int:
+        """The number of the block that a parameter `name` means; negative ones count from the top.
+
+        Raises InputError where there is no such block.
+        """
+        if not isinstance(index, int) or isinstance(index, bool) or not -self.depth <= index < self.depth:
+            raise InputError(
+                f"{name}={index!r} is no block of this tower of {self.depth}: "
+                f"give a whole number from {-self.depth} to {self.depth - 1}."
+            )
+        return index % self.depth
+
     def rows_at_once(self, tokens: int, *, gradients: bool = False) -> int:
         """How many inputs of so many tokens one pass should take; fewer on a GPU where their activations are kept."""
         return rows_at_once(self.device, tokens, gradients)

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors.torch import load_file
+from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from clipfast.errors import InputError
 from clipfast.methods.grad_eclip import GradEclip
 from clipfast.models.openclip import image_tower, text_tower
-
-GOLDENS = Path(__file__).parents[1] / "goldens" / "grad_eclip_official.safetensors"
-
-
-@pytest.fixture(scope="module")
-def goldens() -> dict[str, Tensor]:
-    return load_file(GOLDENS)
-
-
-@pytest.fixture(scope="module")
-def official(goldens: dict[str, Tensor]) -> CLIP:
-    model = CLIP(
-        embed_dim=48,
-        vision_cfg=CLIPVisionCfg(image_size=64, layers=4, width=64, head_width=16, patch_size=16),
-        text_cfg=CLIPTextCfg(context_length=20, vocab_size=300, width=64, heads=4, layers=4),
-    ).double()
-    model.load_state_dict({k.removeprefix("model."): v for k, v in goldens.items() if k.startswith("model.")})
-    return model.eval()
 
 
 @pytest.mark.parametrize("form", ["reverse", "features"])

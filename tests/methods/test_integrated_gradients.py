@@ -255,7 +255,7 @@ def test_bad_parameters(parameters, message):
 
 def test_what_does_not_fit_the_model(build_clip):
     tower, x = image_tower(build_clip()), torch.randn(1, 3, 64, 64)
-    with pytest.raises(InputError, match="this tower has 3 blocks"):
+    with pytest.raises(InputError, match="at=3 is no block of this tower of 3"):
         IntegratedGradients(at=3).image(tower, x)
     with pytest.raises(InputError, match=r"must broadcast to the images' \(3, 64, 64\)"):
         IntegratedGradients(baseline=torch.zeros(3, 32, 32)).image(tower, x)

@@ -173,5 +173,5 @@ def test_bad_parameters(parameters, message):
 
 
 def test_a_block_that_is_not_there(build_clip):
-    with pytest.raises(InputError, match="path=7 was asked for, but this tower has 3 blocks"):
+    with pytest.raises(InputError, match="path=7 is no block of this tower of 3"):
         MgaClip(path=7).image(image_tower(build_clip()), torch.randn(1, 3, 64, 64))
