@@ -1,6 +1,7 @@
 """What attribution maps are measured by: named protocols."""
 
 from clipfast.metrics.boxes import BoxGScoreCam, MaxBoxAcc
+from clipfast.metrics.infidelity import Completeness, Infidelity
 from clipfast.metrics.localisation import (
     EnergyPointingGame,
     Gini,
@@ -9,6 +10,7 @@ from clipfast.metrics.localisation import (
     PrecisionAt,
     SegmentationChefer,
 )
+from clipfast.metrics.occlusion import Occlusion
 from clipfast.metrics.sanity import ClassSensitivity, SanityCascade, SanityWordCascade, spearman
 from clipfast.metrics.stability import StabilitySsim, map_ssim, ssim
 from clipfast.metrics.typographic import Typographic, paste_word, typographic
@@ -18,10 +20,13 @@ from clipfast.metrics.zero_shot import ZeroShot, class_embeddings
 __all__ = [
     "BoxGScoreCam",
     "ClassSensitivity",
+    "Completeness",
     "EnergyPointingGame",
     "Gini",
+    "Infidelity",
     "MaskIou",
     "MaxBoxAcc",
+    "Occlusion",
     "PointingGame",
     "PrecisionAt",
     "SanityCascade",
