@@ -67,6 +67,7 @@ def test_one_view(module: Any) -> None:
         "encode_image and encode_text of the same",
         {
             "encode": encode,
+            "encode, the texts' padding trimmed": lambda: (module.encode_image(x), model.encode_texts(SENTENCES)),
             "tclip": tclip,
             "tclip, aggregate='words'": lambda: tclip(aggregate="words"),
             "tclip, aggregate='max'": lambda: tclip(aggregate="max"),
