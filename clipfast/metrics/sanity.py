@@ -104,21 +104,23 @@ def randomized(
     Every tensor is drawn anew from a normal distribution of its own mean and standard deviation, so that activations
     stay in their range and what was learned is gone. The draws depend on the seed and the part's number alone.
     """
-    original = dict(explainer.model.module.named_parameters())
-    module = deepcopy(explainer.model.module)
-    copies = dict(module.named_parameters())
     model = explainer.model
-    other = explainer.on(Model(module, model.tokenizer, model.spec, model.name))
+    original = dict(model.module.named_parameters())
+    # Of tensors made under a caller's inference_mode nobody could tell that they have changed.
+    with torch.inference_mode(False):
+        module = deepcopy(model.module)
+        other = explainer.on(Model(module, model.tokenizer, model.spec, model.name))
+    copies = dict(module.named_parameters())
     for number, (part, names) in enumerate(parts(module, side).items()):
         generator = np.random.default_rng((seed, number))
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for name in names:
                 wide = original[name].double()
                 drawn = torch.from_numpy(generator.standard_normal(tuple(wide.shape), dtype=np.float32))
                 copies[name].copy_(wide.mean() + wide.std(correction=0) * drawn.to(wide))
         yield part, other
         if alone:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 for name in names:
                     copies[name].copy_(original[name])
 

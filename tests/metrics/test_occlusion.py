@@ -14,7 +14,6 @@ from clipfast.data.scenes import render
 from clipfast.errors import InputError
 from clipfast.metrics.occlusion import Occlusion
 from clipfast.metrics.perturbation import Clock
-from clipfast.view.figure import side_by_side
 
 
 def test_scores_are_those_of_images_covered_by_hand() -> None:
@@ -82,16 +81,3 @@ def test_the_strip_shows_what_is_scored(method) -> None:
 def test_fractions_are_shares(fractions) -> None:
     with pytest.raises(InputError, match="shares of the pixels"):
         Occlusion(fractions)
-
-
-def test_a_row_of_what_does_not_belong_together_is_refused() -> None:
-    one, other = Image.new("RGB", (20, 10)), Image.new("RGB", (10, 10))
-    assert side_by_side([one, one], ["a", "b"]).width > 40
-    for pictures, captions, numbers in (
-        ([], [], None),
-        ([one, other], ["a", "b"], None),
-        ([one], ["a", "b"], None),
-        ([one], ["a"], ["1", "2"]),
-    ):
-        with pytest.raises(InputError, match="a row needs pictures of one size"):
-            side_by_side(pictures, captions, numbers=numbers)

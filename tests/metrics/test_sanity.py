@@ -165,6 +165,26 @@ def test_one_copy_is_randomised_and_where_asked_for_restored(build_clip) -> None
     assert all(torch.equal(t, state[n]) for n, t in other.model.module.state_dict().items())
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_a_caller_s_inference_mode_changes_nothing(build_clip, built) -> None:
+    """Whether the model was made under it, or only the cascade runs there."""
+    texts = torch.randn(2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = SanityCascade().measure(Explainer(load(build_clip().double())), pixels(2), texts)
+    with torch.inference_mode(built):
+        module = build_clip().double()
+    with torch.inference_mode():
+        found = SanityCascade().measure(Explainer(load(module)), pixels(2), texts)
+    for name, column in expected.items():
+        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-9)
+
+
+def test_half_precision_is_randomised_too(build_clip) -> None:
+    module = build_clip().bfloat16()
+    texts = torch.randn(2, 24, generator=torch.Generator().manual_seed(1))
+    columns = SanityCascade().measure(Explainer(load(module)), pixels(2).float(), texts)
+    assert columns["SSIM"].isfinite().all() and (columns["SSIM"] < 1).all()
+
+
 def test_a_randomised_demo_model_says_something_else() -> None:
     pictures = [Image.fromarray(render(seed, size=96, objects=2).image) for seed in range(4)]
     columns = SanityCascade().measure(Explainer("demo"), pictures, ["dog", "car"])

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from clipfast.errors import InputError
-from clipfast.view.figure import _font, _wrap, grid, strip
+from clipfast.view.figure import _font, _wrap, grid, side_by_side, strip
 
 GREY = (90, 90, 90)
 
@@ -99,3 +99,16 @@ def test_words_of_a_strip_stand_beneath_their_maps():
 def test_a_strip_of_what_does_not_belong_together_is_refused(heat, words, more):
     with pytest.raises(InputError):
         strip(Image.new("RGB", (4, 4)), heat, words, **more)
+
+
+def test_a_row_of_what_does_not_belong_together_is_refused() -> None:
+    one, other = Image.new("RGB", (20, 10)), Image.new("RGB", (10, 10))
+    assert side_by_side([one, one], ["a", "b"]).width > 40
+    for pictures, captions, numbers in (
+        ([], [], None),
+        ([one, other], ["a", "b"], None),
+        ([one], ["a", "b"], None),
+        ([one], ["a"], ["1", "2"]),
+    ):
+        with pytest.raises(InputError, match="a row needs pictures of one size"):
+            side_by_side(pictures, captions, numbers=numbers)
