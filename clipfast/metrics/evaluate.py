@@ -347,10 +347,10 @@ class Evaluator:
             maps, scores = [one.maps[0] for one in results], [one.scores[0] for one in results]
             geometries = [one.geometries[0] for one in results]
         shard.explain.add(0.0, time.perf_counter() - begun)
-        for number, key, own, values in zip(numbers, keys, texts, scores, strict=True):
-            shard.keys += [key] * len(own)
-            shard.numbers += [number] * len(own)
-            shard.texts += own
+        for number, key, prompts, values in zip(numbers, keys, texts, scores, strict=True):
+            shard.keys += [key] * len(prompts)
+            shard.numbers += [number] * len(prompts)
+            shard.texts += prompts
             shard.scores += values.tolist()
         return Work(
             explainer=explainer,

@@ -1,7 +1,7 @@
 """The protocols by name, and how each measures the maps of a method: what `clipfast eval` chooses from.
 
-A protocol is written as its name and, behind colons, parameters that are not the defaults: "pointing_game:tolerance=15".
-A name from a paper that measures one half of a protocol ("deletion/rise") stands for the whole of it.
+A protocol is written as its name and, behind colons, parameters that are not the defaults: "pointing_game:tolerance=9".
+A name from a paper that means one half of a protocol ("deletion/rise") stands for the whole of it.
 """
 
 from __future__ import annotations

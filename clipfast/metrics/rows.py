@@ -107,11 +107,14 @@ class Shard:
         for name in table.column_names[4:]:
             label, _, column = name.partition(" | ")
             columns.setdefault(label, {})[column] = _tensor(table[name])
-        lists = [table[name].to_pylist() for name in ("sample", "number", "text", "score")]
+        keys, numbers, texts, scores = (table[name].to_pylist() for name in ("sample", "number", "text", "score"))
         return cls(
-            about["start"],
-            about["stop"],
-            *lists,
+            start=about["start"],
+            stop=about["stop"],
+            keys=keys,
+            numbers=numbers,
+            texts=texts,
+            scores=scores,
             columns=columns,
             marks=about["marks"],
             explain=Seconds(**about["explain"]),
@@ -136,7 +139,7 @@ def fingerprint(**settings: Any) -> str:
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """What tells weights apart: some dozens of values of every parameter and buffer, not all, which would take longer."""
+    """What tells weights apart: some dozens of values of every parameter and buffer; all of them would take longer."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().flatten()
