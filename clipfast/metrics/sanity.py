@@ -113,14 +113,14 @@ def randomized(
     copies = dict(module.named_parameters())
     for number, (part, names) in enumerate(parts(module, side).items()):
         generator = np.random.default_rng((seed, number))
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for name in names:
                 wide = original[name].double()
                 drawn = torch.from_numpy(generator.standard_normal(tuple(wide.shape), dtype=np.float32))
                 copies[name].copy_(wide.mean() + wide.std(correction=0) * drawn.to(wide))
         yield part, other
         if alone:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 for name in names:
                     copies[name].copy_(original[name])
 
