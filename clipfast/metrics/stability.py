@@ -24,8 +24,9 @@ from clipfast.errors import ImageError, InputError
 from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.localisation import flat_maps, spread, unit
 
-# Pixels of maps that are compared at once, and images whose noisy copies are explained at once.
-_CHUNK_PIXELS, _IMAGES = 1 << 21, 16
+# Pixels of maps that are compared at once, a few maps that stay in a cache; and images whose noisy copies are explained
+# at once.
+_CHUNK_PIXELS, _IMAGES = 1 << 18, 16
 
 
 def ssim(a: Tensor, b: Tensor, *, window: int = 11, sigma: float = 1.5) -> Tensor:
@@ -59,10 +60,11 @@ def _bands(taps: Tensor, side: int) -> Tensor:
 
 
 def _ssim(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    mean_a, mean_b, aa, bb, ab = (rows @ x @ columns.T for x in (a, b, a * a, b * b, a * b))
+    mean_a, mean_b, squares, products = (rows @ x @ columns.T for x in (a, b, a * a + b * b, a * b))
     c1, c2 = 0.01**2, 0.03**2
-    light = (2 * mean_a * mean_b + c1) / (mean_a * mean_a + mean_b * mean_b + c1)
-    structure = (2 * (ab - mean_a * mean_b) + c2) / ((aa - mean_a * mean_a) + (bb - mean_b * mean_b) + c2)
+    of_squares, of_products = mean_a * mean_a + mean_b * mean_b, mean_a * mean_b
+    light = (2 * of_products + c1) / (of_squares + c1)
+    structure = (2 * (products - of_products) + c2) / (squares - of_squares + c2)
     return (light * structure).mean((1, 2))
 
 
