@@ -25,7 +25,7 @@ from clipfast.view.figure import side_by_side
 class Occlusion(Protocol):
     """`occlusion`: the cosine with the top 5, 10 ... 25 percent of the pixels covered.
 
-    fractions: of the pixels that the model sees, in rising order. fill: what covers them, in the normalised image; 0 is
+    fractions: of the pixels that the model sees. fill: what covers them, in the normalised image; 0 is
     the mean colour. Pixels with equal values go in reading order.
 
     drop: what the score loses, the mean over the fractions.

@@ -5,8 +5,8 @@
     confidence   what is left of the score when only the words above the map's median stay
 
 Zhao et al., Grad-ECLIP, ICML 2024, and MMEL's table of retrieval on COCO (`deletion/retrieval`, `insertion/retrieval`);
-Wang et al., M2IB, NeurIPS 2023 (`confidence/m2ib`). None of them says what becomes of a word's place; here its tokens
-leave the sequence and those behind move up, as in `clipfast.methods.leave_one_out`. Start and end of text stay.
+Wang et al., M2IB, NeurIPS 2023 (`confidence/m2ib`). What becomes of a word's place is our reading: its tokens leave the
+sequence and those behind move up, as in `clipfast.methods.leave_one_out`. Start and end of text stay.
 
 A step is a share of each text's own words, halves rounded up. Texts x maps x steps go through the model in batches of
 one fixed size, each sequence of tokens once, short ones first.
