@@ -24,6 +24,7 @@ def claim(
     functions: dict[str, Callable[[], object]],
     *,
     at_most: dict[str, float] | None = None,
+    against: dict[tuple[str, str], float] | None = None,
     errors: dict[str, float] | None = None,
     notes: str = "",
     repeats: int = 7,
@@ -34,6 +35,7 @@ def claim(
     title: what is claimed, for a reader ("MMEL, pooled, ViT-B/16, 4 images, 100 prompts"). unit: what one of the first
     function is ("Grad-ECLIP of the same call"). at_most: the targets, by function. errors: relative L2 to the float64
     definition, or to the peer whose numbers are the same, by function. notes: conditions that the title does not say.
+    against: targets for ratios of two functions neither of which is the first, (function, other) -> at most.
     """
     timings = paired(functions, repeats, warmup)
     first = next(iter(functions))
@@ -51,16 +53,31 @@ def claim(
                 "error": (errors or {}).get(subject),
             }
         )
+    pairs = []
+    for (subject, other), limit in (against or {}).items():
+        ratios = [a / b for a, b in zip(timings[subject].seconds, timings[other].seconds, strict=True)]
+        pairs.append(
+            {
+                "subject": f"{subject} / {other}",
+                "ratio": round(statistics.median(ratios), 4),
+                "low": round(min(ratios), 4),
+                "high": round(max(ratios), 4),
+                "at_most": limit,
+            }
+        )
     found = {
         "title": title,
         "unit": unit,
         "rounds": repeats,
         "notes": notes,
         "rows": rows,
+        "against": pairs,
         "machine": machine(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    for pair in pairs:
+        print(f"{title}: {pair['subject']}: {pair['ratio']:.3f} (at most {pair['at_most']})")
     for row in rows:
         limit = "" if row["at_most"] is None else f" (at most {row['at_most']})"
         print(f"{title}: {row['subject']}: {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}] x {unit}{limit}")

@@ -23,8 +23,21 @@ What [Grad-ECLIP itself costs](benchmarks.md) has a page of its own.
 
 def main() -> None:
     claims = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    PAGE.write_text("\n".join([ABOUT, *(table(claim) for claim in claims), *machines(claims), ""]))
+    PAGE.write_text("\n".join([ABOUT, targets(claims), *(table(claim) for claim in claims), *machines(claims), ""]))
     print(PAGE)
+
+
+def targets(claims: list[dict[str, Any]]) -> str:
+    """What was to be reached, in one table."""
+    lines = ["## The targets", "", "| | measured | at most | in units of |", "|---|--:|--:|---|"]
+    for claim in claims:
+        rows = [(row, claim["unit"]) for row in claim["rows"] if row["at_most"] is not None]
+        rows += [(row, "each other") for row in claim.get("against", [])]
+        lines += [
+            f"| {claim['title']}: {row['subject']} | **{row['ratio']:.2f}** | {row['at_most']:g} | {unit} |"
+            for row, unit in rows
+        ]
+    return "\n".join([*lines, ""])
 
 
 def table(claim: dict[str, Any]) -> str:
