@@ -79,6 +79,6 @@ def claim(
     for pair in pairs:
         print(f"{title}: {pair['subject']}: {pair['ratio']:.3f} (at most {pair['at_most']})")
     for row in rows:
-        limit = "" if row["at_most"] is None else f" (at most {row['at_most']})"
-        print(f"{title}: {row['subject']}: {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}] x {unit}{limit}")
+        target = "" if row["at_most"] is None else f" (at most {row['at_most']})"
+        print(f"{title}: {row['subject']}: {row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}] x {unit}{target}")
     return found

@@ -444,7 +444,9 @@ class Explainer:
         x = _together([item.pixels for item in batch])
         if x.dtype == torch.uint8:
             return indices, normalize(x, self.spec, tower.dtype, tower.device), batch
-        return indices, x.to(tower.device, tower.dtype), batch
+        x = x.to(tower.device, tower.dtype)
+        # Autograd takes nothing that was made under a caller's inference_mode.
+        return indices, x.clone() if x.is_inference() else x, batch
 
     def _micro_batch(self, tower: AnyImageTower, item: Prepared) -> int:
         height, width = item.geometry.covered

@@ -8,6 +8,7 @@ import typer
 
 from clipfast.cli.demo import demo
 from clipfast.cli.doctor import doctor
+from clipfast.cli.eval import evaluate
 from clipfast.cli.explain import explain
 from clipfast.cli.group import Commands
 from clipfast.cli.methods import methods
@@ -15,8 +16,11 @@ from clipfast.cli.models import models
 from clipfast.cli.words import words
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-for command in (explain, words, demo, models, methods, doctor):
+for command in (explain, words, demo):
     app.command()(command)
+app.command("eval")(evaluate)
+for listing in (models, methods, doctor):
+    app.command()(listing)
 
 
 @app.callback(invoke_without_command=True)

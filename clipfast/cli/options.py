@@ -82,7 +82,7 @@ def build_explainer(
 
     parameters = parse_parameters(method, assignments or [])
     build_method(method, parameters)
-    _check_device(device)
+    check_device(device)
     status(f"loading {model if pretrained is None else f'{model}:{pretrained}'} ...")
     loaded = load(model, pretrained, device=device)
     return Explainer(loaded, method, precision=precision, resize=resize, **parameters)  # type: ignore[arg-type]
@@ -146,7 +146,8 @@ def _value(text: str) -> Any:
     return text
 
 
-def _check_device(device: str | None) -> None:
+def check_device(device: str | None) -> None:
+    """Raises InputError for a device that there is not."""
     if device is None:
         return
     import torch

@@ -64,8 +64,9 @@ class LibraryCam(Method):
         features = tower.features(x, self.layer).to(tower.result_dtype)
         with torch.enable_grad():
             graph = tower.finish(features.requires_grad_(), self.layer)
-        # Of a model the library wants to know its device; without layers to watch it neither hooks nor runs it.
-        cam = getattr(_library(), self.library)(nn.Linear(1, 1), target_layers=[])
+        # Of a model the library wants to know its device; without layers to watch it neither hooks nor runs it. One
+        # whose weights start as ones leaves the caller's random numbers alone.
+        cam = getattr(_library(), self.library)(nn.LayerNorm(1), target_layers=[])
         return CamExplained(graph.detach(), features, graph, cam)
 
 

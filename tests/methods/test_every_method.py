@@ -188,10 +188,12 @@ def test_the_model_stays_as_it_was(name, kind, build, tokenizer) -> None:
     flags = [parameter.requires_grad for parameter in module.parameters()]
     explainer = Explainer(load(module, tokenizer=tokenizer), name, **CHEAP.get(name, {}))
     x = noise(2, 3, 64, 64).float() if kind == "resnet" else noise(2, 3, 32, 32).float()
+    random = torch.get_rng_state()
     if name in TEXT:
         explainer.words(x[0], TEXTS)
     if (name, kind) in PAIRS:
         explainer(x, TEXTS)
+    assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     assert [parameter.requires_grad for parameter in module.parameters()] == flags
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -200,6 +202,21 @@ def test_the_model_stays_as_it_was(name, kind, build, tokenizer) -> None:
         hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
         assert not any(hooks) and "forward" not in vars(part)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(("name", "kind"), BOTH)
+def test_inputs_may_be_made_under_inference_mode(name, kind, build, tokenizer) -> None:
+    explainer = Explainer(load(build(kind, (32, 32)), tokenizer=tokenizer), name, **CHEAP.get(name, {}))
+
+    def call(x: Tensor) -> Tensor:
+        return explainer(x, TEXTS[:2]).maps if (name, kind) in PAIRS else explainer.words(x[0], TEXTS[0]).values
+
+    x = noise(1, 3, 64, 64).float() if kind == "resnet" else noise(1, 3, 32, 32).float()
+    with torch.inference_mode():
+        made = x.clone()
+        inside = call(made)
+    torch.testing.assert_close(call(made), call(x))
+    torch.testing.assert_close(inside, call(x))
 
 
 @pytest.mark.parametrize(("name", "kind"), BOTH)
