@@ -18,7 +18,7 @@ lambda.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
@@ -62,14 +62,12 @@ class CoarseExplained(Explained):
 
     def gradients(self, texts: Tensor) -> Tensor:
         """G (B, P, D): the path's weighted sum of the scores' gradients at the pooled token's attention output."""
-        batch, n, width = self.values.shape
+        batch, _, width = self.values.shape
         texts = texts.expand(batch, -1, -1)
         total = self.values.new_zeros(batch, texts.shape[1], width)
         for tail, weights in self.steps:
-            # As many rows at a time as the tower itself had tokens keep the memory that of the encode.
-            for some, given in zip(total.split(n + 1, dim=1), texts.split(n + 1, dim=1), strict=True):
-                rows = tail.vjp(given.repeat(len(weights), 1, 1)).unflatten(0, (len(weights), batch))
-                some += torch.einsum("s,sbpd->bpd", weights, rows)
+            rows = tail.vjp(texts.repeat(len(weights), 1, 1)).unflatten(0, (len(weights), batch))
+            total += torch.einsum("s,sbpd->bpd", weights, rows)
         return total
 
     def features(self) -> Tensor:
@@ -98,19 +96,21 @@ class FineExplained(Explained):
 
     def maps(self, texts: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Maps (B, P, n) for unit text embeddings (P, E) or (B, P, E)."""
-        return self.given(texts, self.coarse.gradients(texts), out)
-
-    def given(self, texts: Tensor, gradients: Tensor, out: Tensor | None = None) -> Tensor:
-        """The same for gradients G (B, P, D) that are known already."""
-        similarity = (texts.expand(len(self.z), -1, -1) @ self.patches.mT).relu_()
         if out is None:
-            out = torch.empty_like(similarity)
-        for p in range(similarity.shape[1]):
+            out = self.z.new_empty(len(self.z), texts.shape[-2], self.weights.shape[1])
+        for some, room in _few(texts, out):
+            room.copy_(self.given(some, self.coarse.gradients(some)))
+        return out
+
+    def given(self, texts: Tensor, gradients: Tensor) -> Tensor:
+        """The same for gradients G (B, P, D) that are known already."""
+        found = (texts.expand(len(self.z), -1, -1) @ self.patches.mT).relu_()
+        for p in range(found.shape[1]):
             # A constant factor does not change a cosine: |G| will do for |G| / max |G|.
             rows = F.normalize(self.coarse.values * gradients[:, p, None].abs(), dim=-1)
             affinity = (rows @ rows.mT).div_(self.tau).softmax(-1)
-            out[:, p] = self.weights * (affinity @ similarity[:, p, :, None])[..., 0]
-        return out
+            found[:, p] = self.weights * (affinity @ found[:, p, :, None])[..., 0]
+        return found
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,13 @@ class FusedExplained(Explained):
 
     def maps(self, texts: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Maps (B, P, n) for unit text embeddings (P, E) or (B, P, E)."""
-        gradients = self.fine.coarse.gradients(texts)
-        coarse = (gradients @ self.fine.coarse.values.mT).relu_()
-        fused = self.method.fuse(coarse, self.fine.given(texts, gradients))
-        return fused if out is None else out.copy_(fused)
+        if out is None:
+            out = self.z.new_empty(len(self.z), texts.shape[-2], self.fine.weights.shape[1])
+        for some, room in _few(texts, out):
+            gradients = self.fine.coarse.gradients(some)
+            coarse = (gradients @ self.fine.coarse.values.mT).relu_()
+            room.copy_(self.method.fuse(coarse, self.fine.given(some, gradients)))
+        return out
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,12 @@ class MgaClip(Method):
         if self.fusion == "convex":
             return self.eta * c + (1 - self.eta) * f
         return c**self.eta * f ** (1 - self.eta)
+
+
+def _few(texts: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some texts at a time and where their maps go: as many rows as the tower had tokens keep its own memory."""
+    count = out.shape[2] + 1
+    return zip(texts.split(count, dim=-2), out.split(count, dim=1), strict=True)
 
 
 def _rows(tail: LinearTail, rows: slice) -> LinearTail:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
 from clipfast.errors import InputError
@@ -127,6 +128,29 @@ def test_many_prompts_take_the_prompt_free_form(build_clip, monkeypatch):
     torch.testing.assert_close((values @ texts.T).mT.relu() * weights[:, None], few, rtol=0, atol=1e-13)
     monkeypatch.setattr(towers, "CPU_TOKENS", 17 * 2 * 2)
     torch.testing.assert_close(MgaClip(steps=5).coarse(tower, x).maps(texts), few, rtol=0, atol=1e-13)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that was made within."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, made.numel() if isinstance(made, Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("part", ["fused", "fine"])
+def test_many_prompts_take_no_more_memory_than_their_maps(build_clip, part):
+    tower, x, texts = image_tower(build_clip().double()), torch.randn(2, 3, 64, 64, dtype=torch.float64), unit(300, 24)
+    explained = MgaClip(part=part, steps=3).image(tower, x)
+    few = torch.cat([explained.maps(texts[i : i + 7]) for i in range(0, 300, 7)], dim=1)
+    with Largest() as largest:
+        maps = explained.maps(texts)
+    # As many of the gradients, which are as long as the tower is wide, would be twice that.
+    assert largest.numbers <= max(maps.numel(), 3 * 2 * 17 * 4 * tower.width)
+    torch.testing.assert_close(maps, few, rtol=0, atol=1e-12)
 
 
 def test_coarse_features_give_the_maps_of_later_texts(build_clip):
