@@ -7,7 +7,7 @@ A name from a paper that means one half of a protocol ("deletion/rise") stands f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from clipfast.data.inputs import prepare_one
 from clipfast.errors import InputError, nearest
 from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.boxes import BoxGScoreCam, MaxBoxAcc
+from clipfast.metrics.infidelity import Infidelity
 from clipfast.metrics.localisation import (
     EnergyPointingGame,
     Gini,
@@ -31,7 +32,10 @@ from clipfast.metrics.localisation import (
     PrecisionAt,
     SegmentationChefer,
 )
+from clipfast.metrics.occlusion import Occlusion
 from clipfast.metrics.perturbation import Classes, Clock, Confidence, CurvesCosine, CurvesGradEclip, CurvesRise
+from clipfast.metrics.sanity import SanityCascade
+from clipfast.metrics.stability import StabilitySsim
 
 
 @dataclass
@@ -186,6 +190,37 @@ def _on_originals(protocol: Any, work: Work) -> Columns:
     )
 
 
+def _on_perturbed(protocol: Any, work: Work) -> Columns:
+    """By sample, for a protocol whose draws depend on a sample's number."""
+    return _each(
+        work,
+        lambda i: protocol.measure(
+            work.encode,
+            work.texts[i],
+            work.inputs[i],
+            work.on_inputs[i][None],
+            first=work.numbers[i],
+            batch=work.batch,
+            clock=work.clock,
+        ),
+    )
+
+
+def _on_noise(protocol: Any, work: Work) -> Columns:
+    return _each(
+        work,
+        lambda i: protocol.measure(work.explainer, work.pictures[i], work.asked[i], first=work.numbers[i]),
+    )
+
+
+def _on_copies(protocol: Any, work: Work) -> Columns:
+    """All samples in one call, since every call copies and randomises the model; as strings, which it encodes anew."""
+    pictures = [picture for picture, own in zip(work.pictures, work.targets, strict=True) for _ in own]
+    texts = [target.text for own in work.targets for target in own]
+    columns: Columns = protocol.measure(work.explainer, pictures, texts, pairs=True)
+    return columns
+
+
 def _each(work: Work, measure: Callable[[int], Columns]) -> Columns:
     """Columns of all rows, where samples are measured one by one."""
     parts = [measure(i) for i in range(len(work.pictures))]
@@ -222,6 +257,10 @@ PROTOCOLS: dict[str, Entry] = {
     "deletion+insertion/rise": Entry(CurvesRise, _on_inputs(Work.labels), _LABELS, runs_model=True),
     "deletion+insertion/cosine": Entry(CurvesCosine, _on_inputs(_own_texts), runs_model=True),
     "deletion+insertion/grad_eclip": Entry(CurvesGradEclip, _on_originals, _LABELS, runs_model=True),
+    "occlusion": Entry(Occlusion, _on_inputs(_own_texts), runs_model=True),
+    "infidelity": Entry(Infidelity, _on_perturbed, runs_model=True),
+    "stability/ssim": Entry(StabilitySsim, _on_noise),
+    "sanity/cascade": Entry(SanityCascade, _on_copies),
     "confidence/m2ib": Entry(Confidence, _on_inputs(_own_texts), runs_model=True),
     "confidence/gradcam++": Entry(Confidence, _on_inputs(_own_texts), preset={"drop": "relative"}, runs_model=True),
 }
@@ -250,10 +289,10 @@ def build_protocol(name: str, **parameters: Any) -> Protocol:
         raise InputError(f"there is no protocol {name!r}: {nearest(name, [*PROTOCOLS, *ALIASES])}")
     entry = PROTOCOLS[name]
     given = written | parameters
-    known = list(entry.kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    known = [one.name for one in fields(entry.kind)]  # type: ignore[arg-type]
     for parameter in given:
         if parameter not in known or parameter in entry.preset:
-            free = [field for field in known if field not in entry.preset]
+            free = [one for one in known if one not in entry.preset]
             end = nearest(parameter, free) if free else "it has none."
             raise InputError(f"{name} has no parameter {parameter!r}: {end}")
     try:

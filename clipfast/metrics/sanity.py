@@ -145,20 +145,20 @@ class SanityCascade(Protocol):
     def __post_init__(self) -> None:
         _check(self.tower)
 
-    def measure(self, explainer: Explainer, images: Any, texts: Texts) -> Columns:
-        """Columns of B * P pairs, image by image: "Spearman" and "SSIM", the means over all parts, and "SSIM block 11"
-        of each.
+    def measure(self, explainer: Explainer, images: Any, texts: Texts, *, pairs: bool = False) -> Columns:
+        """Columns of B * P pairs, image by image: "Spearman" and "SSIM", means over all parts, and "SSIM block 11" of
+        each.
 
-        images, texts: as an `Explainer` takes them. The whole cascade runs once a call: pass many images at a time.
-        With tower="text", texts are strings.
+        images, texts, pairs: as an `Explainer` takes them. The whole cascade runs once a call: pass many images at
+        once. With tower="text", texts are strings.
 
         Raises as the explainer does, and as `parts`.
         """
         x = inputs(explainer, images)
-        before = explainer(x, texts).maps
+        before = explainer(x, texts, pairs=pairs).maps
         columns: Columns = {}
         for part, other in randomized(explainer, self.tower, seed=self.seed, alone=self.alone):
-            found = likeness(before, other(x, texts).maps, self.side)
+            found = likeness(before, other(x, texts, pairs=pairs).maps, self.side)
             columns |= {f"{figure} {part}": column for figure, column in zip(self.figures, found, strict=True)}
         return _means(columns, self.figures) | columns
 

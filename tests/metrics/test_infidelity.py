@@ -12,9 +12,12 @@ from captum.metrics import infidelity
 from torch import Tensor
 
 from clipfast import Explainer, load
+from clipfast.data.datasets import open_dataset
 from clipfast.errors import InputError
+from clipfast.metrics.evaluate import evaluate
 from clipfast.metrics.infidelity import Completeness, Infidelity
 from clipfast.metrics.perturbation import Clock
+from clipfast.metrics.stability import inputs
 
 
 @pytest.fixture
@@ -135,3 +138,17 @@ def test_what_does_not_fit_is_refused(case) -> None:
     for parameters in ({"samples": 0}, {"cells": 0}, {"share": 1.0}, {"sigma": 0}):
         with pytest.raises(InputError, match="share in"):
             Infidelity(**parameters)
+
+
+def test_an_evaluation_measures_the_same() -> None:
+    scenes, explainer = open_dataset("scenes:3:2"), Explainer("demo")
+    found = evaluate("demo", scenes, ["grad_eclip"], ["infidelity:samples=4"]).tables["grad_eclip"]
+    expected = []
+    for i, sample in enumerate(scenes):
+        texts = [target.text for target in sample.targets]
+        (x,) = inputs(explainer, sample.image)
+        maps, embeddings = explainer(x, texts).maps, explainer.model.encode_texts(texts)
+        encode = explainer.model.towers()[0].encode
+        columns = Infidelity(samples=4).measure(encode, embeddings, x[None], maps, first=i)
+        expected.append(columns["infidelity"])
+    torch.testing.assert_close(found["infidelity:samples=4"].columns["infidelity"], torch.cat(expected))

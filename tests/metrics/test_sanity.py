@@ -14,8 +14,10 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from clipfast import Explainer, load
+from clipfast.data.datasets import open_dataset
 from clipfast.data.scenes import render
 from clipfast.errors import InputError, ModelError
+from clipfast.metrics.evaluate import evaluate
 from clipfast.metrics.sanity import (
     ClassSensitivity,
     SanityCascade,
@@ -234,3 +236,15 @@ def test_class_sensitivity_compares_two_maps_of_each_image(build_clip) -> None:
     assert float(columns["SSIM"][3]) == pytest.approx(1, abs=1e-9) and float(columns["SSIM"][:3].max()) < 0.99
     with pytest.raises(InputError, match="one text an image"):
         ClassSensitivity().measure(explainer, x, present[:3], absent)
+
+
+def test_an_evaluation_measures_the_same() -> None:
+    scenes = open_dataset("scenes:3:3")
+    found = evaluate("demo", scenes, ["grad_eclip"], ["sanity/cascade:side=32"])
+    alone = [
+        SanityCascade(side=32).measure(Explainer("demo"), sample.image, [t.text for t in sample.targets])
+        for sample in scenes
+    ]
+    assert any(len(sample.targets) > 1 for sample in scenes)
+    for name, column in found.tables["grad_eclip"]["sanity/cascade:side=32"].columns.items():
+        torch.testing.assert_close(column, torch.cat([one[name] for one in alone]), rtol=0, atol=1e-3)

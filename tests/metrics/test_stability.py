@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from clipfast import Explainer
+from clipfast.data.datasets import open_dataset
 from clipfast.data.geometry import normalize, prepare
 from clipfast.data.scenes import render
 from clipfast.errors import ImageError, InputError
+from clipfast.metrics.evaluate import evaluate
 from clipfast.metrics.stability import StabilitySsim, map_ssim, ssim
 
 
@@ -126,3 +128,16 @@ def test_no_noise_changes_nothing_and_batches_do_not_matter(monkeypatch) -> None
 def test_an_image_that_cannot_be_read_is_said() -> None:
     with pytest.raises(ImageError, match="no image"):
         StabilitySsim().measure(Explainer("demo"), np.zeros((4, 4, 3), dtype=np.float32), "dog")
+
+
+def test_an_evaluation_measures_the_same() -> None:
+    """By sample, whose number its noise depends on, for all of its prompts."""
+    scenes = open_dataset("scenes:3:2")
+    found = evaluate("demo", scenes, ["tclip"], ["stability/ssim:side=32"]).tables["tclip"]["stability/ssim:side=32"]
+    protocol = StabilitySsim(side=32)
+    alone = [
+        protocol.measure(Explainer("demo", "tclip"), sample.image, [t.text for t in sample.targets], first=i)
+        for i, sample in enumerate(scenes)
+    ]
+    for name, column in found.columns.items():
+        torch.testing.assert_close(column, torch.cat([one[name] for one in alone]), rtol=0, atol=1e-5)

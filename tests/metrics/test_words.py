@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast import Explainer, load
+from clipfast.data.datasets import open_dataset
 from clipfast.errors import InputError
 from clipfast.metrics.perturbation import Clock
+from clipfast.metrics.stability import inputs
 from clipfast.metrics.words import (
     Sentences,
     WordConfidence,
@@ -125,6 +127,28 @@ def test_leave_one_out_puts_the_best_word_first() -> None:
     assert (measured[0]["deletion"] < measured[1]["deletion"]).all()
     assert (measured[0]["insertion"] > measured[1]["insertion"]).all()
     assert [w.words for w in found] == [text.split() for text in texts]
+
+
+def test_leaving_words_out_finds_those_that_retrieve() -> None:
+    """On scenes and their captions, beside words in random order: all protocols see the difference."""
+    model, scenes = load("demo"), open_dataset("scenes:2:40")
+    explainer = Explainer(model, "leave_one_out")
+    images = model.towers()[0].encode(torch.stack(inputs(explainer, [sample.image for sample in scenes])))
+    captions = [sample.captions[0] for sample in scenes]
+    sentences, encode = Sentences.of(model, captions), model.towers()[1].encode
+    found = [explainer.words(z, caption) for z, caption in zip(images, captions, strict=True)]
+    chance = torch.rand(40, int(sentences.counts.max()), generator=torch.Generator().manual_seed(0))
+    retrieval, cosines, confidence = WordCurvesRetrieval(), WordCurvesCosine(), WordConfidence()
+    good, bad = (
+        retrieval.summary(retrieval.measure(encode, images, torch.arange(40), sentences, maps))
+        | cosines.summary(cosines.measure(encode, images[:, None], sentences, maps))
+        | confidence.summary(confidence.measure(encode, images[:, None], sentences, maps))
+        for maps in (found, chance)
+    )
+    for name in ("deletion IR", "deletion TR", "deletion", "drop"):
+        assert good[name] < bad[name] - 0.1, name
+    for name in ("insertion IR", "insertion TR", "insertion", "increase"):
+        assert good[name] > bad[name] + 0.1, name
 
 
 def naive_recall(similar: Tensor, relevant: list[list[int]], k: int) -> list[float]:
