@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from clipfast.models.load import load
 from clipfast.models.model import AnyImageTower, Model, Precision
 from clipfast.models.tokens import TokenStates
 from clipfast.results import Attribution, Features, Words
-from clipfast.sheet import Asked, Sheet
+from clipfast.sheet import Asked, Sheet, unit_embeddings
 
 Texts = str | Sequence[str] | Tensor
 
@@ -314,20 +313,7 @@ class Explainer:
     def _embeddings(self, given: Tensor) -> Tensor:
         """A user's embeddings (P, E), of either side, made unit."""
         tower, _ = self.model.towers(self.precision)
-        if given.ndim != 2 or given.shape[1] != tower.embed_dim or not given.is_floating_point():
-            raise TextError(
-                f"text embeddings must be floats of shape (P, {tower.embed_dim}), "
-                f"not {given.dtype} {tuple(given.shape)}."
-            )
-        if len(given) == 0:
-            raise TextError("there is no text: pass at least one.")
-        embeddings = given.detach().to(tower.device, tower.result_dtype)
-        norms = embeddings.norm(dim=-1)
-        if not bool((norms.isfinite() & (norms > 0)).all()):
-            raise TextError("text embeddings must be finite and not zero.")
-        # Unit already, as most come: a copy of 10,000 would take more memory than the tower does.
-        unit = bool((norms - 1).abs().max() <= 4 * torch.finfo(norms.dtype).eps)
-        return embeddings if unit else F.normalize(embeddings, dim=-1)
+        return unit_embeddings(given, tower.embed_dim, tower.result_dtype, tower.device)
 
     def _companions(self, prompts: int) -> Tensor | None:
         """Embeddings (C, E) of the texts that the method needs beside `prompts` others; encoded once."""

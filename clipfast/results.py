@@ -21,6 +21,7 @@ from clipfast.errors import ImageError, InputError, TextError
 from clipfast.methods import METHODS
 from clipfast.methods.base import Relu, combine
 from clipfast.ops.minmax import minmax
+from clipfast.sheet import unit_embeddings
 
 if TYPE_CHECKING:
     from clipfast.view.report import Strip
@@ -336,20 +337,22 @@ class Features:
         return len(self.embeddings)
 
     def maps(self, texts: str | Sequence[str] | Tensor) -> Attribution:
-        """The maps of all images for texts (strings, or unit embeddings (P, E)).
+        """The maps of all images for texts: strings, or embeddings (P, E), which are normalised here.
 
-        Raises TextError for strings where the features came from a file, and so without the model's text tower.
+        Raises TextError for embeddings that do not fit, and for strings where the features came from a file, and so
+        without the model's text tower.
         """
         started = time.perf_counter()
         names = None if isinstance(texts, Tensor) else [texts] if isinstance(texts, str) else list(texts)
         if self.encode is not None:
             wanted = self.encode(texts)
         elif isinstance(texts, Tensor):
-            wanted = texts
+            known = self.embeddings
+            wanted = unit_embeddings(texts, known.shape[1], known.dtype, known.device)
         else:
             raise TextError(
                 "features read from a file know no text tower: "
-                "pass unit embeddings (P, E), as model.encode_texts gives them."
+                "pass embeddings (P, E), as model.encode_texts gives them."
             )
         values, weights = (
             (self.values, self.weights) if self.values.ndim == 4 else (self.values[:, None], self.weights[:, None])

@@ -7,10 +7,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.errors import TextError
 from clipfast.methods.base import Explained
 from clipfast.models.tokens import TokenStates
+
+
+def unit_embeddings(given: Tensor, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A user's embeddings (P, width) at unit length. Raises TextError for what cannot be some."""
+    if given.ndim != 2 or given.shape[1] != width or not given.is_floating_point():
+        raise TextError(
+            f"text embeddings must be floats of shape (P, {width}), not {given.dtype} {tuple(given.shape)}."
+        )
+    if len(given) == 0:
+        raise TextError("there is no text: pass at least one.")
+    embeddings = given.detach().to(device, dtype)
+    norms = embeddings.norm(dim=-1)
+    if not bool((norms.isfinite() & (norms > 0)).all()):
+        raise TextError("text embeddings must be finite and not zero.")
+    # Unit already, as most come: a copy of 10,000 would take more memory than the tower does.
+    unit = bool((norms - 1).abs().max() <= 4 * torch.finfo(norms.dtype).eps)
+    return embeddings if unit else F.normalize(embeddings, dim=-1)
 
 
 @dataclass(frozen=True)

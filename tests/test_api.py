@@ -102,8 +102,15 @@ def test_features_give_the_maps_of_any_text(model, tmp_path, parameters):
     stored = clipfast.Features.load(features.save(tmp_path / "f.safetensors"))
     embeddings = model.encode_texts(TEXTS)
     torch.testing.assert_close(stored.maps(embeddings).maps, out.maps, rtol=1e-4, atol=1e-6)
+    # Embeddings of any length and dtype, as a call takes them.
+    for known in (features, stored):
+        others = known.maps(3 * embeddings.double())
+        torch.testing.assert_close(others.maps, out.maps, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(others.scores, out.scores)
+        with pytest.raises(TextError, match=r"floats of shape \(P, 24\), not torch.float32 \(24,\)"):
+            known.maps(embeddings[0])
     assert stored.geometries == features.geometries
-    with pytest.raises(TextError, match="pass unit embeddings"):
+    with pytest.raises(TextError, match="pass embeddings"):
         stored.maps(TEXTS)
 
 
