@@ -127,7 +127,9 @@ def _choices(hint: Any) -> list[str]:
     if origin is typing.Literal:
         return [str(choice) for choice in typing.get_args(hint)]
     if origin in (typing.Union, types.UnionType):
-        return [choice for part in typing.get_args(hint) for choice in _choices(part)]
+        choices = [choice for part in typing.get_args(hint) for choice in _choices(part)]
+        # Not to read as if the words were all.
+        return [*choices, "a number"] if choices and int in typing.get_args(hint) else choices
     return []
 
 

@@ -109,6 +109,7 @@ def warn_of_demo(model: str) -> None:
 
 def parse_parameters(method: str, assignments: list[str]) -> dict[str, Any]:
     """Parameters of a method from NAME=VALUE: numbers, true, false and none are what they look like, all else is text.
+    Numbers with commas between them are several.
 
     Raises InputError for anything else than NAME=VALUE, an unknown method, or text where a number or switch is due.
     """
@@ -143,7 +144,8 @@ def _value(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return text
+    several = [_value(part.strip()) for part in text.split(",")] if "," in text else []
+    return tuple(several) if several and all(type(one) in (int, float) for one in several) else text
 
 
 def check_device(device: str | None) -> None:

@@ -7,6 +7,7 @@ belongs into the first step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -177,10 +178,10 @@ def choice(method: Any, name: str, *allowed: Any) -> None:
 
 
 def at_least(method: Any, name: str, low: float, *, whole: bool = False) -> None:
-    """Raises InputError unless the parameter `name` is a number, not below `low`; a whole one with `whole`."""
+    """Raises InputError unless the parameter `name` is finite and not below `low`; a whole number with `whole`."""
     value = getattr(method, name)
     fits = isinstance(value, int) if whole else isinstance(value, int | float)
-    if not fits or isinstance(value, bool) or not value >= low:
+    if not fits or isinstance(value, bool) or not low <= value < math.inf:
         raise InputError(
             f"{name}={value!r} of {_called(method)} must be a {'whole ' if whole else ''}number, at least {low:g}."
         )

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.errors import InputError
-from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
+from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least, choice, combine
 from clipfast.models.block import Block
 from clipfast.models.gradients import Gradients, site_gradients
 from clipfast.models.tail import LinearTail
@@ -157,8 +157,8 @@ class GradEclip(Method):
         choice(self, "spatial", "raw", "projected", "none", "combined")
         choice(self, "reduce", "relu_then_sum", "sum_then_relu", None)
         choice(self, "lambda_over", "words", "all")
-        if self.layers is not None and (not isinstance(self.layers, int) or self.layers < 1):
-            raise InputError(f"layers={self.layers!r} must be a whole number of blocks, at least 1.")
+        if self.layers is not None:
+            at_least(self, "layers", 1, whole=True)
 
     @torch.no_grad()
     def image(self, tower: ImageTower, x: Tensor, *, watch: Watch | None = None) -> SiteExplained:

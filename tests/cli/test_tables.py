@@ -42,6 +42,8 @@ def test_methods_show_what_set_takes(run: Any) -> None:
     assert METHODS["grad_eclip"].info.source in text
     assert "signed=false  (true | false)" in text
     assert "released" in text
+    # Words that a parameter knows beside numbers are not all that it takes.
+    assert "path=pixel  (pixel | a number)" in run("methods", "mga_clip").stdout
     table = run("methods").stdout
     assert all(name in table for name in METHODS)
 

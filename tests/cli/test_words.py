@@ -44,6 +44,13 @@ def test_one_colour_where_a_method_only_weighs(run: Any) -> None:
     assert "+" not in result.stdout
 
 
+def test_a_parameter_of_several_numbers(run: Any) -> None:
+    result = run("words", "scene.png", "a dog", "--json", "--method", "mmel", "--set", "theta=1, 2.5,-3")
+    (found,) = json.loads(result.stdout)["texts"]
+    expected = clipfast.Explainer("demo", "mmel", theta=(1, 2.5, -3), signed=True).words("scene.png", "a dog")
+    assert [value for _, value in found["words"]] == pytest.approx(expected.values.tolist())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -297,6 +297,7 @@ def test_half_precision_trunks(build_clip):
     [
         ({"mode": "papers"}, "mode='papers' is not a choice"),
         ({"alpha": -1}, "alpha=-1 .* at least 0"),
+        ({"alpha": float("inf")}, "alpha=inf .* at least 0"),
         ({"temperature": 0}, "temperature=0 of Mmel must be above 0"),
         ({"contrast": 0.0}, "contrast=0.0 of Mmel must be above 0"),
         ({"theta": "high"}, "theta='high' of Mmel must be a number"),
