@@ -80,7 +80,7 @@ class ClipSurgery(Method):
         source="Li et al., arXiv 2304.05653",
         forwards="1",
         backwards="0",
-        prompt_free=False,
+        prompt_free=True,
         agrees="the published algorithm, image by image on the model's own modules, to 1e-10 in float64",
     )
 

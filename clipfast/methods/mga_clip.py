@@ -157,7 +157,7 @@ class MgaClip(Method):
         source="Cheng et al. (abstract)",
         forwards="steps + 1",
         backwards="0",
-        prompt_free=True,
+        prompt_free=False,
         agrees="nothing is public; autograd through the whole model in float64, to 1e-10",
         our_reading="all but the abstract's two branches and their link through channels: path, weights and fusion",
     )
