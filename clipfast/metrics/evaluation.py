@@ -272,12 +272,12 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
     for part in parts:
         if (part.model, part.data, part.seed, part.prompt) != (first.model, first.data, first.seed, first.prompt):
             raise InputError(f"evaluations of {part.model} on {part.data} and {first.model} on {first.data} are two.")
-        whole.protocols = part.protocols | whole.protocols
-        whole.methods = part.methods | whole.methods
-        whole.explain = part.explain | whole.explain
+        whole.protocols |= {name: own for name, own in part.protocols.items() if name not in whole.protocols}
+        whole.methods |= {name: own for name, own in part.methods.items() if name not in whole.methods}
+        whole.explain |= {name: own for name, own in part.explain.items() if name not in whole.explain}
         whole.errors |= part.errors
-        for method, own in part.tables.items():
-            whole.tables[method] = own | whole.tables.get(method, {})
+        for method, tables in part.tables.items():
+            whole.tables[method] = tables | whole.tables.get(method, {})
     return whole
 
 
