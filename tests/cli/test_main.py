@@ -57,7 +57,7 @@ def test_version(run: Any) -> None:
 
 def test_no_command_shows_help(run: Any) -> None:
     assert "Usage: clipfast" in run().stdout
-    for command in ("explain", "words", "demo", "models", "methods", "doctor"):
+    for command in ("explain", "words", "demo", "eval", "models", "methods", "doctor"):
         assert command in run("--help").stdout
         assert f"clipfast {command}" in run(command, "--help").stdout
 
