@@ -107,6 +107,8 @@ class Rollout(Method):
 
     start_layer: int = 0
 
+    # Every block's queries and keys wait for the row that comes down from the top.
+    keeps_activations: ClassVar[bool] = True
     info: ClassVar = MethodInfo(
         source="Abnar and Zuidema, ACL 2020",
         forwards="1",

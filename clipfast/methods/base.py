@@ -98,7 +98,7 @@ class Method:
     info: ClassVar[MethodInfo]
     # The kinds of image tower that `image` takes.
     reads: ClassVar[tuple[type[AnyImageTower], ...]] = (ImageTower,)
-    # Whether the tower's activations are kept for a backward pass: batches are made smaller for it.
+    # Whether activations of many blocks are kept for the way back down: batches are made smaller for it.
     keeps_activations: ClassVar[bool] = False
     # Whether the sign of a map says for or against. Of plain cosines only the order says anything.
     signs: ClassVar[bool] = True

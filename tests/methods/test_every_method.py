@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from clipfast.models.openclip import image_tower, text_tower
 from clipfast.models.resnet import ResNetTower
 from clipfast.models.tower import ImageTower, TextTower
 
+ROOT = Path(__file__).parents[2]
 # Cheap settings of what would run for long; everything else as it comes.
 CHEAP: dict[str, dict[str, Any]] = {
     "integrated_gradients": {"steps": 3},
@@ -266,6 +269,12 @@ def test_every_method_says_what_it_is(name) -> None:
     documented = method.__doc__ or ""
     for parameter in method.parameters():
         assert f"{parameter}:" in documented or f"{parameter} " in documented, f"{parameter} is not explained"
+
+
+def test_the_gallery_says_what_methods_say(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    gallery = importlib.import_module("make_gallery")
+    assert (ROOT / "docs" / "gallery.md").read_text() == gallery.page(), "run scripts/make_gallery.py"
 
 
 def _tensors() -> int:
