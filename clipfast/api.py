@@ -260,7 +260,6 @@ class Explainer:
         explained = self._run.text(tower, ids, inside)
         self._check_finite(explained.z, {})
         maps, scores = explained.maps(embedding[None])[:, 0], explained.z @ embedding
-        signed = bool(getattr(self._run, "signed", False) or (maps < 0).any())
         extras = {name: values[:, 0].tolist() for name, values in explained.extras().items()}
         return [
             Words(
@@ -271,7 +270,7 @@ class Explainer:
                 token_values=values[[p for _, positions in words for p in positions]],
                 score=float(score),
                 extras={name: found[i] for name, found in extras.items()},
-                signed=signed,
+                signed=self._run.signed or bool(values.min() < 0),
             )
             for i, (text, words, row, values, score) in enumerate(zip(texts, spans, ids, maps, scores, strict=True))
         ]

@@ -102,6 +102,8 @@ class Method:
     keeps_activations: ClassVar[bool] = False
     # Whether the sign of a map says for or against. Of plain cosines only the order says anything.
     signs: ClassVar[bool] = True
+    # Whether a word's value says for or against, too; a parameter where the user may choose.
+    signed: bool = False
     # Whether `maps` takes the state of a single word in place of a text's embedding.
     maps_words: ClassVar[bool] = False
 

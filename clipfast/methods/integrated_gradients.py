@@ -111,6 +111,7 @@ class IntegratedGradients(Method):
     baseline: Baseline = "blur"
     at: Literal["pixels", "tokens"] | int = "pixels"
 
+    signed = True
     reads: ClassVar = (ImageTower, ResNetTower)
     keeps_activations: ClassVar[bool] = True
     info: ClassVar = MethodInfo(

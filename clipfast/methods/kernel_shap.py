@@ -53,6 +53,7 @@ class KernelShap(Method):
     players: int = 7
     seed: int = 0
 
+    signed = True
     info: ClassVar = MethodInfo(
         source="Lundberg and Lee, NeurIPS 2017",
         forwards="samples + 1",

@@ -17,6 +17,7 @@ from clipfast.models.tower import TextTower
 class LeaveOneOut(Method):
     """Leave one out, for texts; signed. The word left out leaves the sequence and the tokens behind it move up."""
 
+    signed = True
     info: ClassVar = MethodInfo(
         source="Li, Monroe and Jurafsky, 2016 (erasure)",
         forwards="words + 1",

@@ -164,6 +164,15 @@ def test_texts_in_a_batch_equal_one_at_a_time(name, towers, tokens, texts) -> No
     same(explained.maps(texts[order]), maps[:, order])
 
 
+@pytest.mark.parametrize("name", ["integrated_gradients", "kernel_shap", "leave_one_out"])
+def test_words_are_signed_whatever_their_values_and_neighbours(name, build_clip, tokenizer) -> None:
+    explainer = Explainer(load(build_clip(), tokenizer=tokenizer), name, **CHEAP.get(name, {}))
+    # What a single word does for one embedding it does against the opposite one.
+    both = [explainer.words(embedding, "dog") for embedding in (noise(24), -noise(24))]
+    assert sum(bool(words.values > 0) for words in both) == 1
+    assert all(words.signed for words in both)
+
+
 @pytest.mark.parametrize("name", IMAGE)
 def test_patches_that_cannot_be_told_apart_get_the_same(name, build_clip, texts) -> None:
     """One colour and no positions: every patch is like every other, and so is its place in the map."""
