@@ -4,6 +4,7 @@
 #   make lint   formatting, lint, types, import layers
 #   make bench  the benchmarks, beside the libraries they are compared with; BENCH=benchmarks/bench_mmel.py for one of them
 #   make gallery    the documentation's pictures, with the demo model
+#   make scoreboard  every method by every protocol with the demo model, in hours; stopped, it goes on where it was
 #   make gpu-check  what needs a GPU: every fast path checked and timed, figures in benchmarks/results/
 #   make wheel  sdist and wheel in dist/
 # VENV names another environment, PYTHON the interpreter that makes it, BUILD what must be built (see setup.py).
@@ -25,7 +26,7 @@ CPP := $(NATIVE) $(wildcard tests/ops/*/*.h)
 RESULTS ?= benchmarks/results/local.json
 BENCH ?= benchmarks
 
-.PHONY: demo test lint format bench gallery gpu-check wheel clean
+.PHONY: demo test lint format bench gallery scoreboard gpu-check wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clipfast demo
@@ -55,6 +56,9 @@ gallery: $(VENV)/.installed
 	$(BIN)/python scripts/make_gallery.py
 	$(BIN)/python examples/concepts.py --out docs/images/concepts.png
 	$(BIN)/python examples/typographic.py --out docs/images/typographic.png
+
+scoreboard: $(VENV)/.dev
+	$(BIN)/python scripts/make_scoreboard.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

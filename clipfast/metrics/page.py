@@ -135,9 +135,9 @@ def _shown(one: Example) -> Shown:
 def _timings(found: Evaluation, method: str) -> dict[str, str]:
     times = {"maps": _duration(found.explain[method])}
     for protocol, table in found.tables[method].items():
-        if entry_of(found.protocols[protocol])[1].runs_model and table.keys:
-            beside = 1 - table.seconds.forwards / table.seconds.total if table.seconds.total else 0.0
-            times[protocol] = f"{_duration(table.seconds.total / len(table.keys))}, {beside:.0%} beside"
+        each, seconds = table.seconds.total / max(len(table.keys), 1), table.seconds
+        beside = f", {1 - seconds.forwards / seconds.total:.0%} beside" if seconds.forwards else ""
+        times[protocol] = _duration(each) + beside
     return times
 
 

@@ -285,8 +285,8 @@ def _times(board: Board) -> str:
         for method, own in board.timings.items()
     )
     return (
-        '<p class="note">Maps: time for one image with all of its prompts. Protocols that run the model: time for one '
-        "pair, and the share of it that was not the model's.</p>"
+        '<p class="note">Maps: time for one image with all of its prompts. Protocols: time for one pair of image and '
+        "prompt; beside is the share of it that was not the model's, where the protocol runs it on changed images.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-labelledby="times-title"><table class="plain">'
         f'<thead><tr><th scope="col">method</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )

@@ -1,0 +1,75 @@
+"""The scoreboard: every method by every protocol, with the demo model on rendered scenes.
+
+    python scripts/make_scoreboard.py              hours; stopped, it goes on where it was
+    python scripts/make_scoreboard.py --limit 4    all of it on four scenes, to see that it works
+
+Where an object is, is asked of 2,000 scenes; what runs the model for every pixel that goes, and methods that take
+hundreds of passes, of the first 200 of them; what explains again and again, of the first 50. Rows are kept in
+runs/scoreboard, which `clipfast eval --compare` reads; page and figures go to docs/scoreboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from clipfast.cli.console import progress
+from clipfast.data.datasets import open_dataset
+from clipfast.methods import METHODS
+from clipfast.metrics.evaluate import Evaluator
+from clipfast.metrics.evaluation import merged
+from clipfast.metrics.page import write_page
+from clipfast.metrics.registry import PROTOCOLS
+from clipfast.models.load import load
+from clipfast.view.files import write_file
+
+SCENES = "scenes:1"
+# Methods that run the model on hundreds of masked images for one explanation.
+SLOW = ("score_cam", "gscore_cam", "group_cam", "rise", "kernel_shap")
+AGAIN = ("stability/ssim", "sanity/cascade")
+STEPS = {"deletion+insertion/rise": "deletion+insertion/rise:steps=28"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, help="scenes at most, of every part")
+    parser.add_argument("--rows", type=Path, default=Path("runs/scoreboard"), help="folder of the rows")
+    parser.add_argument("--out", type=Path, default=Path("docs/scoreboard"), help="folder of page and figures")
+    given = parser.parse_args()
+
+    model = load("demo")
+    tower, _ = model.towers()
+    methods = [name for name, m in METHODS.items() if "image" in m.sides() and isinstance(tower, m.reads)]
+    fast = [name for name in methods if name not in SLOW]
+    once = [name for name in PROTOCOLS if name not in AGAIN]
+    still = [name for name in once if not PROTOCOLS[name].runs_model]
+    perturbed = [STEPS.get(name, name) for name in once if PROTOCOLS[name].runs_model]
+    parts = [
+        ("localisation", 2000, fast, still),
+        ("faithfulness", 200, fast, perturbed),
+        ("slow methods", 200, [name for name in methods if name in SLOW], [*still, *perturbed]),
+        ("noise", 50, [name for name in methods if name != "rise"], [AGAIN[0]]),
+        ("cascade", 50, [name for name in methods if name not in SLOW], [AGAIN[1]]),
+    ]
+    found = []
+    for title, count, some, protocols in parts:
+        count = min(count, given.limit or count)
+        dataset = open_dataset(SCENES, limit=count)
+        evaluator = Evaluator(model, dataset, some, protocols, out=given.rows)
+        left = evaluator.left()
+        print(f"{title}: {len(some)} methods, {len(protocols)} protocols, {count:,} scenes; {left:,} left", flush=True)
+        with progress(title, left) as advance:
+            found.append(evaluator(advance))
+    whole = merged(found)
+    print("figures and examples ...", flush=True)
+    whole.save(given.rows)
+    dataset = open_dataset(SCENES, limit=min(2000, given.limit or 2000))
+    examples = Evaluator(model, dataset, methods, ["energy_pointing_game"], out=given.rows).examples(whole)
+    data = {name: value for name, value in whole.to_json().items() if name != "tables"}
+    write_file(given.out / "scoreboard.json", json.dumps(data, ensure_ascii=False, indent=1).encode())
+    print(write_page(given.out / "index.html", whole, examples, title="Scoreboard: the demo model on rendered scenes"))
+
+
+if __name__ == "__main__":
+    main()
