@@ -148,9 +148,11 @@ def _figures(board: Board) -> str:
         for column in board.columns
     )
     goodness = [_goodness(board, i) for i in range(len(board.columns))]
+    counts = [max((c[i].count for c in board.cells.values() if i in c), default=0) for i in range(len(board.columns))]
     rows = []
     for method in board.methods:
-        cells = [_cell(board.cells.get(method, {}).get(i), goodness[i].get(method)) for i in range(len(board.columns))]
+        own = board.cells.get(method, {})
+        cells = [_cell(own.get(i), goodness[i].get(method), counts[i]) for i in range(len(board.columns))]
         rows.append(f'<tr><th scope="row">{_safe(method)}</th>{"".join(cells)}</tr>')
     return (
         '<p class="note">Value ± standard error, and below it the 95 % interval; images are what is drawn again, with '
@@ -171,15 +173,16 @@ def _goodness(board: Board, column: int) -> dict[str, float]:
     return {m: (v - low) / (high - low) if high > low else 0.0 for m, v in found.items()}
 
 
-def _cell(cell: Cell | None, good: float | None) -> str:
+def _cell(cell: Cell | None, good: float | None, most: int) -> str:
     if cell is None or not math.isfinite(cell.value):
         return f'<td class="none" data-value="">{_NOTHING}</td>'
     tag = "b" if cell.best else "span"
     good = round(100 * (good or 0))
+    fewer = f'<small class="interval">of {cell.count:,} pairs</small>' if cell.count < most else ""
     return (
         f'<td data-value="{cell.value:.9g}" style="--good:{good}%" title="{cell.count:,} pairs">'
         f"<{tag}>{number(cell.value)}</{tag}><small> ± {number(cell.error)}</small>"
-        f'<small class="interval">{number(cell.low)} to {number(cell.high)}</small></td>'
+        f'<small class="interval">{number(cell.low)} to {number(cell.high)}</small>{fewer}</td>'
     )
 
 
