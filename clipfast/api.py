@@ -215,6 +215,7 @@ class Explainer:
             method=self.method,
             model=self.model.name,
             encode=lambda texts: self._asked(texts).embeddings,
+            errors=errors,
         )
 
     @torch.inference_mode(False)

@@ -134,17 +134,18 @@ class Attribution:
 
         See `view.overlay.drawable`. side: no more pixels than this on the longer side. together: one scale for all.
         """
-        from clipfast.view.overlay import drawable
+        from clipfast.view.overlay import drawable, two_signed
 
         geometry, maps = self.geometries[index], self.maps[index][prompts]
         assert geometry is not None
         pixels = tuple(maps.shape[-2:]) == geometry.input
-        signs = self.method not in METHODS or METHODS[self.method].signs
-        unit, palette = drawable(maps, signs=signs, outliers=_OUTLIERS if pixels else 0.0, together=together)
+        # Of all maps of the image, so that each looks the same alone and among the others.
+        signed = (self.method not in METHODS or METHODS[self.method].signs) and two_signed(self.maps[index])
+        unit = drawable(maps, signed, outliers=_OUTLIERS if pixels else 0.0, together=together)
         longer = max(geometry.height, geometry.width)
         if side is not None and longer > side:
             geometry = geometry.resized(*(max(1, round(s * side / longer)) for s in (geometry.height, geometry.width)))
-        return geometry.to_image(unit, outside=0.5 if palette == "signed" else 0.0), palette
+        return geometry.to_image(unit, outside=0.5 if signed else 0.0), "signed" if signed else "heat"
 
     def strip(self, index: int, picture: Image.Image | None = None, **options: Any) -> Image.Image:
         """The maps of image `index` side by side, each word or prompt beneath its own, on one scale.
@@ -319,7 +320,7 @@ class Features:
 
     values (B, n, E) and weights (B, n), so that map_i(t) = weight_i ReLU(value_i . t) for a unit text embedding t;
     (B, L, n, E) and (B, L, n) where L layers are explained and ReLU comes before their sum. embeddings (B, E): unit.
-    relu: "each" layer, the "sum" of layers, or "none" (signed maps). grid: (h, w).
+    relu: "each" layer, the "sum" of layers, or "none" (signed maps). grid: (h, w). errors: see `Attribution`.
     """
 
     values: Tensor
@@ -332,6 +333,7 @@ class Features:
     method: str
     model: str
     encode: Callable[[Any], Tensor] | None = None
+    errors: dict[int, ImageError] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -368,6 +370,7 @@ class Features:
             method=self.method,
             model=self.model,
             seconds=time.perf_counter() - started,
+            errors=self.errors,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -380,6 +383,7 @@ class Features:
             "relu": self.relu,
             "method": self.method,
             "model": self.model,
+            "errors": {i: str(error) for i, error in self.errors.items()},
             "sources": [str(s) if isinstance(s, str | Path) else None for s in self.sources],
             "geometries": [
                 None if g is None else (g.height, g.width, g.box, g.input, g.covered) for g in self.geometries
@@ -419,6 +423,7 @@ class Features:
             geometries=geometries,
             method=about["method"],
             model=about["model"],
+            errors={int(i): ImageError(error) for i, error in about["errors"].items()},
         )
 
 

@@ -173,6 +173,10 @@ def test_bad_images_do_not_stop_the_others(model, images, tmp_path):
     good = explainer([images[0], images[1]], TEXTS)
     torch.testing.assert_close(out.maps[[0, 2]], good.maps)
     features = explainer.features(mixed, on_error="skip")
+    features.save(tmp_path / "features.safetensors")
+    for kept in (features, clipfast.Features.load(tmp_path / "features.safetensors")):
+        again = kept.maps(features.embeddings[[0, 2]])
+        assert {i: str(error) for i, error in again.errors.items()} == {i: str(e) for i, e in out.errors.items()}
     assert features.values[1].isnan().all()
     written = out.save(tmp_path / "out")
     assert len([p for p in written if p.suffix == ".npz"]) == 2

@@ -50,9 +50,8 @@ class SharedExplained(Explained):
     shared: Tensor
 
     def maps(self, texts: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """(B, P, n); without `out` the prompts' maps are one and the same memory."""
         every = self.shared[:, None].expand(-1, texts.shape[-2], -1)
-        return every if out is None else out.copy_(every)
+        return every.clone() if out is None else out.copy_(every)
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,11 @@ def combine(
     return out.relu_() if relu == "sum" else out
 
 
+def exact(t: Tensor) -> Tensor:
+    """t in float64, on the CPU where its own device (MPS) has none."""
+    return t.cpu().double() if t.device.type == "mps" else t.double()
+
+
 def choice(method: Any, name: str, *allowed: Any) -> None:
     """Raises InputError unless the parameter `name` is one of `allowed`."""
     if getattr(method, name) not in allowed:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clipfast.errors import InputError
-from clipfast.methods.base import LinearExplained, Method, MethodInfo, at_least
+from clipfast.methods.base import LinearExplained, Method, MethodInfo, at_least, exact
 from clipfast.methods.masking import (
     Coalitions,
     encode_images,
@@ -89,9 +89,9 @@ class KernelShap(Method):
             return seen[images] * patches.repeat_interleave(height, 1).repeat_interleave(width, 2)[:, None]
 
         z = encode_images(tower, x, *every_pair(len(x), len(members)), masked)
-        scores = z.unflatten(0, (len(members), len(x))).transpose(0, 1).double()  # (B, K, E)
-        shares = coalitions.shares.to(x.device) / sizes[:, None]
-        values = (shares @ scores).to(z.dtype)[:, player]
+        scores = exact(z.unflatten(0, (len(members), len(x))).transpose(0, 1))  # (B, K, E)
+        shares = coalitions.shares.to(scores.device) / sizes.to(scores.device)[:, None]
+        values = (shares @ scores).to(z)[:, player]
         return LinearExplained(tower.encode(x), values, values.new_ones(values.shape[:2]), "none")
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipfast.methods.base import LinearExplained
+from clipfast.methods.base import LinearExplained, exact
 from clipfast.models.model import AnyImageTower
 from clipfast.models.tower import TextTower
 
@@ -107,10 +107,11 @@ def explain_words(
     )
     values = z.new_zeros(*ids.shape, z.shape[1])
     for count, row, embeddings, value in zip(counts, words, z.split(sizes), values, strict=True):
-        of_words = plans[count].shares.to(z.device) @ embeddings.double()  # (W, E)
+        wide = exact(embeddings)
+        of_words = (plans[count].shares.to(wide.device) @ wide).to(z)  # (W, E)
         pieces = row.bincount(minlength=count + 1)[1:]
         inside = row > 0
-        value[inside] = (of_words / pieces[:, None])[row[inside] - 1].to(z.dtype)
+        value[inside] = (of_words / pieces[:, None])[row[inside] - 1]
     return LinearExplained(tower.encode(ids), values, (words > 0).to(z.dtype), "none")
 
 

@@ -49,18 +49,20 @@ def palette(name: str = "heat") -> np.ndarray:
     return table
 
 
-def drawable(maps: Tensor, *, signs: bool = True, outliers: float = 0.0, together: bool = False) -> tuple[Tensor, str]:
-    """Raw maps (P, h, w) as they are drawn: values in 0..1, and the palette that shows them.
+def two_signed(maps: Tensor) -> bool:
+    """Whether anything lies below zero by more than 2 % of the largest magnitude."""
+    return bool(maps.min() < -_ONE_SIGN * maps.abs().max())
 
-    Maps of one sign go from their least to their greatest value, "heat", and a constant one is nothing. Where anything
-    lies below zero by more than 2 % of the largest magnitude they are "signed", and 0.5 is zero.
 
-    signs: whether zero means anything; without, maps of two signs are "heat", too.
+def drawable(maps: Tensor, signed: bool, *, outliers: float = 0.0, together: bool = False) -> Tensor:
+    """Raw maps (P, h, w) as they are drawn, in 0..1.
+
+    signed: 0.5 is zero, for the palette "signed"; else maps go from their least to their greatest value, for "heat",
+        and a constant one is nothing.
     outliers: this share of each map's strongest values is drawn no stronger than the rest: single pixels can lie far
         above all others. together: one scale for all maps, in place of one for each.
     """
     values = maps.flatten(1)
-    signed = signs and bool(values.min() < -_ONE_SIGN * values.abs().max())
     strength = values.abs() if signed else values
     high = strength.kthvalue(max(1, math.ceil((1 - outliers) * values.shape[1])), dim=1, keepdim=True).values
     low = torch.zeros_like(high) if signed else values.amin(1, keepdim=True)
@@ -68,7 +70,7 @@ def drawable(maps: Tensor, *, signs: bool = True, outliers: float = 0.0, togethe
         high, low = high.amax().expand_as(high), low.amin().expand_as(low)
     span = torch.where(high > low, high - low, torch.inf)
     unit = ((values - low) / span).clamp(-1, 1)
-    return (0.5 + 0.5 * unit if signed else unit).view(maps.shape), "signed" if signed else "heat"
+    return (0.5 + 0.5 * unit if signed else unit).view(maps.shape)
 
 
 def checked(heat: Heat) -> np.ndarray:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from clipfast.errors import InputError
-from clipfast.view.overlay import drawable, overlay, palette
+from clipfast.view.overlay import drawable, overlay, palette, two_signed
 
 
 @pytest.fixture
@@ -92,34 +92,31 @@ def test_signed_maps_show_nothing_in_the_middle_and_two_colours_at_the_ends() ->
 
 def test_maps_of_one_sign_are_stretched_and_constant_ones_are_nothing() -> None:
     maps = torch.tensor([[[1.0, 3.0], [2.0, 1.0]], [[5.0, 5.0], [5.0, 5.0]], [[-0.01, 1.0], [0.0, 0.0]]])
-    unit, name = drawable(maps)
-    assert name == "heat"
+    assert not two_signed(maps)
+    unit = drawable(maps, False)
     assert unit[0].tolist() == [[0.0, 1.0], [0.5, 0.0]] and unit[1].max() == 0 and unit[2].amax() == 1
-    together, _ = drawable(maps, together=True)
+    together = drawable(maps, False, together=True)
     torch.testing.assert_close(together, (maps + 0.01) / 5.01)
 
 
 def test_maps_of_both_signs_keep_zero_in_the_middle() -> None:
     maps = torch.tensor([[[-1.0, 4.0], [0.0, 2.0]], [[-6.0, 3.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
-    unit, name = drawable(maps)
-    assert name == "signed"
+    assert two_signed(maps)
+    unit = drawable(maps, True)
     assert unit[0].tolist() == [[0.375, 1.0], [0.5, 0.75]]
     assert unit[1].tolist() == [[0.0, 0.75], [0.5, 0.5]] and (unit[2] == 0.5).all()
-    torch.testing.assert_close(drawable(maps, together=True)[0], 0.5 + maps / 12)
+    torch.testing.assert_close(drawable(maps, True, together=True), 0.5 + maps / 12)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_single_outliers_do_not_hide_the_rest(sign) -> None:
     maps = torch.rand(1, 100, 100, generator=torch.Generator().manual_seed(0))
     maps[0, 3, 4] = sign * 1000.0
-    unit, _ = drawable(maps, outliers=0.005)
+    unit = drawable(maps, two_signed(maps), outliers=0.005)
     assert unit[0, 3, 4] == (1.0 if sign > 0 else 0.0)
     assert 0.4 < (unit[0] if sign > 0 else unit[0] * 2 - 1).mean() < 0.6
 
 
 def test_maps_whose_sign_says_nothing_are_heat() -> None:
     maps = torch.tensor([[[-3.0, -1.0], [-2.0, 1.0]]])
-    unit, name = drawable(maps, signs=False)
-    assert name == "heat"
-    assert unit.flatten().tolist() == [0.0, 0.5, 0.25, 1.0]
-    assert drawable(maps)[1] == "signed"
+    assert drawable(maps, False).flatten().tolist() == [0.0, 0.5, 0.25, 1.0]
