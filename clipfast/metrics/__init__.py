@@ -1,6 +1,8 @@
 """What attribution maps are measured by: named protocols."""
 
 from clipfast.metrics.boxes import BoxGScoreCam, MaxBoxAcc
+from clipfast.metrics.evaluate import Evaluator, evaluate
+from clipfast.metrics.evaluation import Evaluation
 from clipfast.metrics.infidelity import Completeness, Infidelity
 from clipfast.metrics.localisation import (
     EnergyPointingGame,
@@ -11,6 +13,7 @@ from clipfast.metrics.localisation import (
     SegmentationChefer,
 )
 from clipfast.metrics.occlusion import Occlusion
+from clipfast.metrics.registry import PROTOCOLS, build_protocol
 from clipfast.metrics.sanity import ClassSensitivity, SanityCascade, SanityWordCascade, spearman
 from clipfast.metrics.stability import StabilitySsim, map_ssim, ssim
 from clipfast.metrics.typographic import Typographic, paste_word, typographic
@@ -18,10 +21,13 @@ from clipfast.metrics.words import Sentences, WordConfidence, WordCurvesCosine, 
 from clipfast.metrics.zero_shot import ZeroShot, class_embeddings
 
 __all__ = [
+    "PROTOCOLS",
     "BoxGScoreCam",
     "ClassSensitivity",
     "Completeness",
     "EnergyPointingGame",
+    "Evaluation",
+    "Evaluator",
     "Gini",
     "Infidelity",
     "MaskIou",
@@ -39,7 +45,9 @@ __all__ = [
     "WordCurvesCosine",
     "WordCurvesRetrieval",
     "ZeroShot",
+    "build_protocol",
     "class_embeddings",
+    "evaluate",
     "map_ssim",
     "paste_word",
     "spearman",
