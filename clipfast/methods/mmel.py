@@ -199,9 +199,11 @@ class PooledLevels(Levels):
         logits = (products * (inverse / self.temperature)[:, :, None]).mul_(inverse[:, None])
         if there is not None:
             logits.masked_fill_(~there[:, None], torch.finfo(logits.dtype).min)
-        # Summed in float64: places may differ by parts in a thousand, and standardising magnifies rounding as much.
         shares = logits.softmax(-1)
-        return shares.mean(1, dtype=torch.float64) if there is None else _mean(shares.double(), there)
+        # Summed in float64: places may differ by parts in a thousand, and standardising magnifies rounding as much.
+        # MPS has no float64.
+        wide = torch.float32 if shares.device.type == "mps" else torch.float64
+        return shares.mean(1, dtype=wide) if there is None else _mean(shares.to(wide), there)
 
     def total(self) -> Tensor:
         """Standardised over the places by the population's deviation; zeros where it is constant."""
