@@ -113,13 +113,15 @@ def parse_parameters(method: str, assignments: list[str]) -> dict[str, Any]:
 
     Raises InputError for anything else than NAME=VALUE, an unknown method, or text where a number or switch is due.
     """
+    from clipfast.methods import parameter_value
+
     defaults = _defaults(method)
     parameters = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or not name.strip():
             raise InputError(f"--set {shlex.quote(assignment)} should read NAME=VALUE, for example --set layers=2.")
-        name, parsed = name.strip(), _value(value.strip())
+        name, parsed = name.strip(), parameter_value(value.strip())
         default = defaults.get(name)
         if isinstance(default, bool) and not isinstance(parsed, bool):
             raise InputError(f"--set {shlex.quote(assignment)}: {name} is a switch, so give true or false.")
@@ -133,19 +135,6 @@ def _defaults(method: str) -> dict[str, Any]:
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}: {nearest(method, METHODS)}")
     return METHODS[method].parameters()
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    several = [_value(part.strip()) for part in text.split(",")] if "," in text else []
-    return tuple(several) if several and all(type(one) in (int, float) for one in several) else text
 
 
 def check_device(device: str | None) -> None:

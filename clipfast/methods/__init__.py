@@ -56,6 +56,20 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+def parameter_value(text: str) -> Any:
+    """A parameter's value from text: numbers, several with commas, true, false and none; all else stays text."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    several = [parameter_value(part.strip()) for part in text.split(",")] if "," in text else []
+    return tuple(several) if several and all(type(one) in (int, float) for one in several) else text
+
+
 def build_method(name: str, parameters: dict[str, Any]) -> Method:
     """The method called `name`. Raises InputError for an unknown name or parameter, with the nearest known ones."""
     if name not in METHODS:

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least, choice, combine
 from clipfast.models.block import Block
 from clipfast.models.gradients import Gradients, site_gradients
@@ -165,7 +164,8 @@ class GradEclip(Method):
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
         h = tower.embed(x)
         keep = slice(tower.prefix.shape[0], None)
-        return self._explain(tower, h, tower.pooled(h), self._depth(tower, 1), keep, None, "relu_then_sum", watch)
+        layers = 1 if self.layers is None else self.layers
+        return self._explain(tower, h, tower.pooled(h), layers, keep, None, "relu_then_sum", watch)
 
     @torch.no_grad()
     def text(self, tower: TextTower, ids: Tensor, words: Tensor, *, watch: Watch | None = None) -> SiteExplained:
@@ -177,17 +177,11 @@ class GradEclip(Method):
         if self.lambda_over == "words":
             seen = tower.reach(pooled, ids.shape[1])
             ids, words = ids[:, :seen], words[:, :seen]
-        layers = self._depth(tower, min(8, tower.depth))
+        layers = min(8, tower.depth) if self.layers is None else self.layers
         mask = tower.mask(ids.shape[1])
         visible = tower.visible(pooled, ids.shape[1])
         h = tower.embed(ids)
         return self._explain(tower, h, pooled, layers, slice(None), words, "sum_then_relu", watch, mask, visible)
-
-    def _depth(self, tower: Tower, default: int) -> int:
-        layers = default if self.layers is None else self.layers
-        if layers > tower.depth:
-            raise InputError(f"layers={layers} was asked for, but this tower has {tower.depth} blocks.")
-        return layers
 
     def _explain(
         self,
@@ -203,7 +197,7 @@ class GradEclip(Method):
         visible: Tensor | None = None,
     ) -> SiteExplained:
         heads = 1 if self.heads == "single" else None
-        first = tower.depth - layers
+        first = tower.last_blocks(layers)
         last = tower.blocks[-1]
         if watch is None:
             h = tower.run(h, stop=first, mask=mask)

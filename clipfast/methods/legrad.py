@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.errors import InputError
 from clipfast.methods.attention import head_groups
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
 from clipfast.models.block import Block
@@ -138,9 +137,7 @@ class LeGrad(Method):
 
     @torch.no_grad()
     def image(self, tower: ImageTower, x: Tensor) -> Explained:
-        if self.layers > tower.depth:
-            raise InputError(f"layers={self.layers} was asked for, but this tower has {tower.depth} blocks.")
-        first, wide = tower.depth - self.layers, tower.tail.proj.dtype
+        first, wide = tower.last_blocks(self.layers), tower.tail.proj.dtype
         h = tower.run(tower.embed(x), stop=first)
         layers = []
         for block in tower.blocks[first:]:

@@ -70,6 +70,17 @@ class LibraryCam(Method):
         return CamExplained(graph.detach(), features, graph, cam)
 
 
+def _info(source: str) -> MethodInfo:
+    """All that the library's methods have in common."""
+    return MethodInfo(
+        source=source,
+        forwards="1",
+        backwards="P (through the pool and the blocks above layer)",
+        prompt_free=False,
+        agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet, to 1e-9 in float64",
+    )
+
+
 @dataclass(frozen=True)
 class GradCamPlusPlus(LibraryCam):
     """Grad-CAM++ of a ResNet CLIP. The library's 1e-6 stands beside squared gradients of a cosine, which are smaller.
@@ -79,13 +90,7 @@ class GradCamPlusPlus(LibraryCam):
     """
 
     library: ClassVar[str] = "GradCAMPlusPlus"
-    info: ClassVar = MethodInfo(
-        source="Chattopadhay et al., WACV 2018",
-        forwards="1",
-        backwards="P (through the pool and the blocks above layer)",
-        prompt_free=False,
-        agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet, to 1e-9 in float64",
-    )
+    info: ClassVar = _info("Chattopadhay et al., WACV 2018")
 
 
 @dataclass(frozen=True)
@@ -96,13 +101,7 @@ class XGradCam(LibraryCam):
     """
 
     library: ClassVar[str] = "XGradCAM"
-    info: ClassVar = MethodInfo(
-        source="Fu et al., BMVC 2020",
-        forwards="1",
-        backwards="P (through the pool and the blocks above layer)",
-        prompt_free=False,
-        agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet, to 1e-9 in float64",
-    )
+    info: ClassVar = _info("Fu et al., BMVC 2020")
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,7 @@ class LayerCam(LibraryCam):
     """
 
     library: ClassVar[str] = "LayerCAM"
-    info: ClassVar = MethodInfo(
-        source="Jiang et al., IEEE TIP 2021",
-        forwards="1",
-        backwards="P (through the pool and the blocks above layer)",
-        prompt_free=False,
-        agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet, to 1e-9 in float64",
-    )
+    info: ClassVar = _info("Jiang et al., IEEE TIP 2021")
 
 
 def _library() -> Any:

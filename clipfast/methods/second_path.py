@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipfast.errors import InputError
 from clipfast.models.tower import ImageTower, Layer
 
 # The authors of both methods take the last six blocks.
@@ -32,9 +31,7 @@ def second_path(
     Raises InputError for more layers than the tower has blocks.
     """
     layers = min(LAYERS, tower.depth) if layers is None else layers
-    if layers > tower.depth:
-        raise InputError(f"layers={layers} was asked for, but this tower has {tower.depth} blocks.")
-    start, last = tower.depth - layers, tower.blocks[-1]
+    start, last = tower.last_blocks(layers), tower.blocks[-1]
     h = path = tower.run(tower.embed(x), stop=start)
     for layer, above in tower.layers(h, start, tower.depth - 1):
         path = path + layer.block.out(attention(layer))

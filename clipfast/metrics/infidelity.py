@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.metrics.base import Columns, Protocol
-from clipfast.metrics.perturbation import Clock, Encode, now
+from clipfast.metrics.perturbation import Clock, Encode
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,6 @@ def _scores(encode: Encode, images: Tensor, texts: Tensor, clock: Clock, batch: 
     """Cosines (n, P), float64, of images with texts of their own (n, P, E)."""
     parts = []
     for x, own in zip(images.split(batch), texts.split(batch), strict=True):
-        begun = now(x)
-        z = encode(x)
-        clock.forwards += now(x) - begun
+        z = clock.run(encode, x)
         parts.append((z[:, None] @ own.mT)[:, 0].double())
     return torch.cat(parts)

@@ -46,6 +46,13 @@ class Clock:
     forwards: float = 0.0
     total: float = 0.0
 
+    def run(self, encode: Encode, x: Tensor) -> Tensor:
+        """What `encode` makes of x, its seconds counted as the model's."""
+        begun = _now(x)
+        z = encode(x)
+        self.forwards += _now(x) - begun
+        return z
+
     @property
     def beside(self) -> float:
         """The share of time that was not the model's."""
@@ -136,15 +143,9 @@ def curves(
     ranks = rank_map(on_pixels(maps, (images.shape[2], images.shape[3])))
     pairs = torch.arange(b * p, device=images.device)
 
-    def encoded(x: Tensor) -> Tensor:
-        begun = now(x)
-        z = encode(x)
-        clock.forwards += now(x) - begun
-        return z
-
     def at_end(x: Tensor) -> Tensor:
         """An image that is the same for all of its prompts: encoded once, scored for each. (B, P) or (B, P, K)."""
-        z = torch.cat([encoded(part) for part in x.split(batch)])
+        z = torch.cat([clock.run(encode, part) for part in x.split(batch)])
         return score(z.repeat_interleave(p, 0), pairs).unflatten(0, (b, p))
 
     clean: Tensor | None = None
@@ -165,7 +166,7 @@ def curves(
         for start in range(0, total, batch):
             stop = min(start + batch, total)
             x = mask_sequence(images, ranks, inner, mode, fill, window=(start, stop), out=room[: stop - start])
-            scores.append(score(encoded(x), torch.arange(start, stop, device=x.device) // len(inner)))
+            scores.append(score(clock.run(encode, x), torch.arange(start, stop, device=x.device) // len(inner)))
         if inner:
             between = torch.cat(scores).unflatten(0, (b, p, len(inner)))
             points |= {f: between[:, :, i] for i, f in enumerate(inner)}
@@ -184,9 +185,18 @@ def on_pixels(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Curves(Protocol):
-    """Deletion and insertion together, since they share the clean image: columns for the points and areas of both."""
+    """Deletion and insertion together, since they share the clean image: columns for the points and areas of both.
+
+    steps: of equal shares of what goes.
+    """
+
+    steps: int = 28
 
     figures: ClassVar[Mapping[str, str]] = {"deletion": "lower", "insertion": "higher"}
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, not {self.steps}.")
 
     def columns(self, found: Mapping[Mode, Tensor]) -> Columns:
         """One row a pair, image by image: each curve's area under its own name, its points as "deletion 0.250"."""
@@ -199,7 +209,8 @@ class Curves(Protocol):
         return columns
 
     def fractions(self) -> Sequence[float]:
-        raise NotImplementedError
+        """The shares at a curve's points, both ends included."""
+        return [i / self.steps for i in range(self.steps + 1)]
 
 
 @dataclass(frozen=True)
@@ -216,9 +227,6 @@ class CurvesRise(Curves):
 
     name: ClassVar[str] = "deletion+insertion/rise"
     source: ClassVar[str] = "Petsiuk et al., RISE, BMVC 2018"
-
-    def fractions(self) -> Sequence[float]:
-        return [i / self.steps for i in range(self.steps + 1)]
 
     def measure(
         self,
@@ -245,13 +253,8 @@ class CurvesCosine(Curves):
     steps: of equal numbers of pixels.
     """
 
-    steps: int = 28
-
     name: ClassVar[str] = "deletion+insertion/cosine"
     source: ClassVar[str] = "RISE's curves with the cosine as score"
-
-    def fractions(self) -> Sequence[float]:
-        return [i / self.steps for i in range(self.steps + 1)]
 
     def measure(
         self,
@@ -323,9 +326,7 @@ class CurvesGradEclip(Protocol):
 
         def flush() -> None:
             x = normalize(torch.stack(waiting), spec, dtype, device)
-            begun = now(x)
-            z = encode(x)
-            clock.forwards += now(x) - begun
+            z = clock.run(encode, x)
             hits.append(classes.hit(z, torch.tensor(owners, device=z.device)).cpu())
             waiting.clear()
             owners.clear()
@@ -390,9 +391,7 @@ class CurvesGradEclip(Protocol):
         rows = []
         for source in pictures:
             x = normalize(prepare(source, spec)[0][None], spec, dtype, device)
-            begun = now(x)
-            rows.append(encode(x))
-            clock.forwards += now(x) - begun
+            rows.append(clock.run(encode, x))
         prompts = torch.tensor([len(heat) for heat in maps])
         z = torch.cat(rows).repeat_interleave(prompts.to(rows[0].device), 0)
         return classes.hit(z, torch.arange(len(z), device=z.device)).double().cpu()
@@ -432,24 +431,24 @@ class Confidence(Protocol):
         pairs = torch.arange(b * p, device=images.device)
 
         def scores(x: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-            parts = []
-            for part in rows.split(batch):
-                begun = now(images)
-                parts.append(encode(x(part)))
-                clock.forwards += now(images) - begun
-            return torch.cat(parts)
+            return torch.cat([clock.run(encode, x(part)) for part in rows.split(batch)])
 
         clean = scores(lambda rows: images[rows], torch.arange(b, device=images.device)).repeat_interleave(p, 0)
         masked = scores(lambda rows: images[rows // p] * weights[rows][:, None], pairs)
-        c, left = score(clean, pairs).double().cpu(), score(masked, pairs).double().cpu()
+        columns = self.columns(score(clean, pairs), score(masked, pairs))
+        clock.total += time.perf_counter() - started
+        return columns
+
+    def columns(self, before: Tensor, after: Tensor) -> Columns:
+        """`drop` and `increase`, in percent, of scores (N,) before and after masking."""
+        c, left = before.double().cpu(), after.double().cpu()
         lost = (c - left).clamp(min=0)
         if self.drop == "relative":
             lost = torch.where(c > 0, lost / c, torch.nan)
-        clock.total += time.perf_counter() - started
         return {"drop": 100 * lost, "increase": 100 * (left > c).double()}
 
 
-def now(x: Tensor) -> float:
+def _now(x: Tensor) -> float:
     """The time, when what was asked of the device of x is done."""
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)

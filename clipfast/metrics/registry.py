@@ -21,6 +21,7 @@ from clipfast.data.datasets import Target
 from clipfast.data.geometry import Geometry, normalize
 from clipfast.data.inputs import prepare_one
 from clipfast.errors import InputError, nearest
+from clipfast.methods import parameter_value
 from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.boxes import BoxGScoreCam, MaxBoxAcc
 from clipfast.metrics.infidelity import Infidelity
@@ -331,7 +332,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         parameter, equals, value = assignment.partition("=")
         if not equals or not parameter:
             raise InputError(f"{text!r}: behind {name!r} should come NAME=VALUE, not {assignment!r}.")
-        parameters[parameter] = _value(value)
+        parameters[parameter] = parameter_value(value)
     return name, parameters
 
 
@@ -342,15 +343,3 @@ def offered(offers: Iterable[str]) -> list[str]:
 
 def _spelled(parameters: Mapping[str, Any]) -> str:
     return "".join(f":{name}={str(value).lower() if value is None else value}" for name, value in parameters.items())
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from clipfast.errors import InputError
 from clipfast.methods.masking import positions_kept, without
 from clipfast.metrics.base import Columns, Protocol
-from clipfast.metrics.perturbation import Clock, Curves, Encode, Mode, Score, area, cosine, now
+from clipfast.metrics.perturbation import Clock, Confidence, Curves, Encode, Mode, Score, area, cosine
 from clipfast.models.model import Model
 from clipfast.results import Words
 
@@ -145,13 +145,6 @@ class WordCurvesCosine(Curves):
 
     name: ClassVar[str] = "deletion+insertion/cosine/text"
     source: ClassVar[str] = "Zhao et al., Grad-ECLIP, ICML 2024, with the cosine as score"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, not {self.steps}.")
-
-    def fractions(self) -> Sequence[float]:
-        return [i / self.steps for i in range(self.steps + 1)]
 
     def measure(
         self,
@@ -286,12 +279,9 @@ class WordConfidence(Protocol):
         rows = torch.arange(texts, device=values.device).repeat_interleave(prompts)
         z, which = _encoded(encode, sentences.keeping(rows.repeat(2), both.flatten(0, 1)), batch, clock)
         scores = cosine(images)(z[which], torch.arange(texts * prompts, device=values.device).repeat(2))
-        c, left = scores.double().cpu().chunk(2)
-        lost = (c - left).clamp(min=0)
-        if self.drop == "relative":
-            lost = torch.where(c > 0, lost / c, torch.nan)
+        columns = Confidence(self.drop).columns(*scores.chunk(2))
         clock.total += time.perf_counter() - started
-        return {"drop": 100 * lost, "increase": 100 * (left > c).double()}
+        return columns
 
 
 def recall(z: Tensor, which: Tensor, images: Tensor, owners: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -369,10 +359,5 @@ def _encoded(encode: Encode, ids: Tensor, batch: int, clock: Clock) -> tuple[Ten
     """Embeddings (U, E) of the sequences that differ among ids (R, T), and which of them each row is: (R,)."""
     ids, which = ids.unique(dim=0, return_inverse=True)
     order = (ids != ids[:, -1:]).sum(-1).argsort(stable=True)
-    parts = []
-    for rows in order.split(batch):
-        begun = now(ids)
-        parts.append(encode(ids[rows]))
-        clock.forwards += now(ids) - begun
-    z = torch.cat(parts)
+    z = torch.cat([clock.run(encode, ids[rows]) for rows in order.split(batch)])
     return torch.empty_like(z).index_copy_(0, order.to(z.device), z), which.to(z.device)

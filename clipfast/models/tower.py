@@ -103,6 +103,12 @@ class Tower:
             )
         return index % self.depth
 
+    def last_blocks(self, layers: int) -> int:
+        """The number of the lowest of the last `layers` blocks. Raises InputError where there are fewer."""
+        if layers > self.depth:
+            raise InputError(f"layers={layers} was asked for, but this tower has {self.depth} blocks.")
+        return self.depth - layers
+
     def rows_at_once(self, tokens: int, *, gradients: bool = False) -> int:
         """How many inputs of so many tokens one pass should take; fewer on a GPU where their activations are kept."""
         return rows_at_once(self.device, tokens, gradients)
