@@ -36,6 +36,7 @@ PACKAGES = [
     "clipfast.cli",
     "clipfast.data",
     "clipfast.data.datasets",
+    "clipfast.engine",
     "clipfast.kernels",
     "clipfast.methods",
     "clipfast.metrics",
