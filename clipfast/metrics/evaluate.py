@@ -20,17 +20,20 @@ from PIL import Image
 from torch import Tensor
 
 from clipfast.api import Explainer, Texts
+from clipfast.data.arrow import pyarrow
 from clipfast.data.datasets import Dataset, Sample, Target
 from clipfast.data.images import read_image
 from clipfast.errors import ImageError, InputError
 from clipfast.methods import METHODS, build_method
 from clipfast.metrics.base import Protocol
-from clipfast.metrics.evaluation import Evaluation, Table, versions
+from clipfast.metrics.evaluation import Evaluation, Table
 from clipfast.metrics.registry import Work, build_protocol, entry_of, label, offered, parse
-from clipfast.metrics.rows import Seconds, Shard, fingerprint, pyarrow, slug, weights_digest
+from clipfast.metrics.rows import Seconds, Shard, fingerprint, slug
 from clipfast.metrics.zero_shot import Templates, class_embeddings, default_templates
+from clipfast.models.digest import weights_digest
 from clipfast.models.load import load
 from clipfast.models.model import Model, Precision
+from clipfast.versions import versions
 
 DEFAULT_METHODS = ("grad_eclip", "tclip", "mmel", "mga_clip", "mask_clip", "gem", "clip_surgery", "rollout", "grad_cam")
 """Those that cost about one pass of the tower, or a few."""

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from clipfast.errors import InputError
 from clipfast.metrics.base import Columns, Difference, Figure, Protocol, compare, figures
 from clipfast.metrics.registry import build_protocol, entry_of
 from clipfast.metrics.rows import Seconds, Shard
+from clipfast.versions import versions
 from clipfast.view.files import write_file
 
 FILE = "evaluation.json"
@@ -197,7 +196,7 @@ class Evaluation:
         return {
             **about,
             "made": datetime.now().isoformat(timespec="seconds"),
-            "versions": versions(),
+            "versions": versions("opencv-python-headless"),
             "methods": self.methods,
             "protocols": {
                 name: {
@@ -279,17 +278,6 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
         for method, tables in part.tables.items():
             whole.tables[method] = tables | whole.tables.get(method, {})
     return whole
-
-
-def versions() -> dict[str, str]:
-    """What figures may depend on."""
-    found = {}
-    for name in ("clipfast", "torch", "numpy", "pillow", "open_clip_torch", "opencv-python-headless"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"clipfast": "unknown", **found, "Python": platform.python_version(), "machine": platform.machine()}
 
 
 def _needed(protocol: Protocol, columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

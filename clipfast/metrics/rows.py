@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipfast.data.arrow import pyarrow
 from clipfast.errors import InputError
 from clipfast.metrics.base import Columns
 from clipfast.view.files import write_file
@@ -123,29 +124,9 @@ class Shard:
         )
 
 
-def pyarrow() -> tuple[Any, Any]:
-    """pyarrow and its parquet module. Raises InputError, with what to install, where it is missing."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError("rows of an evaluation are kept as parquet: pip install 'clipfast[metrics]'.") from error
-    return pyarrow, pyarrow.parquet
-
-
 def fingerprint(**settings: Any) -> str:
     """Eight hexadecimal digits that differ where the settings do."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """What tells weights apart: some dozens of values of every parameter and buffer; all of them would take longer."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)].double().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def slug(text: str) -> str:
