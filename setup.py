@@ -34,6 +34,7 @@ MODES = ("auto", "strict", "cpu", "none")
 PACKAGES = [
     "clipfast",
     "clipfast.cli",
+    "clipfast.compat",
     "clipfast.data",
     "clipfast.data.datasets",
     "clipfast.engine",

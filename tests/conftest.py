@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 BuildClip = Callable[..., CLIP]
 
@@ -17,6 +19,23 @@ BuildClip = Callable[..., CLIP]
 def one_thread() -> None:
     """Tiny products gain nothing from threads, and runs side by side lose by them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def goldens() -> dict[str, Tensor]:
+    return load_file(Path(__file__).parent / "goldens" / "grad_eclip_official.safetensors")
+
+
+@pytest.fixture(scope="session")
+def official(goldens: dict[str, Tensor]) -> CLIP:
+    """The model that the Grad-ECLIP authors' code was run on."""
+    model = CLIP(
+        embed_dim=48,
+        vision_cfg=CLIPVisionCfg(image_size=64, layers=4, width=64, head_width=16, patch_size=16),
+        text_cfg=CLIPTextCfg(context_length=20, vocab_size=300, width=64, heads=4, layers=4),
+    ).double()
+    model.load_state_dict({k.removeprefix("model."): v for k, v in goldens.items() if k.startswith("model.")})
+    return model.eval()
 
 
 @pytest.fixture

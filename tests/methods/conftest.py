@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors.torch import load_file
+from open_clip.model import CLIP
 from torch import Tensor
-
-GOLDENS = Path(__file__).parents[1] / "goldens" / "grad_eclip_official.safetensors"
 
 
 @dataclass
@@ -60,23 +56,6 @@ def write_out(model: CLIP, one: Tensor, single_head: tuple[int, ...] = ()) -> Wr
 @pytest.fixture
 def written_out() -> Callable[..., WrittenOut]:
     return write_out
-
-
-@pytest.fixture(scope="session")
-def goldens() -> dict[str, Tensor]:
-    return load_file(GOLDENS)
-
-
-@pytest.fixture(scope="session")
-def official(goldens: dict[str, Tensor]) -> CLIP:
-    """The model that the Grad-ECLIP authors' code was run on."""
-    model = CLIP(
-        embed_dim=48,
-        vision_cfg=CLIPVisionCfg(image_size=64, layers=4, width=64, head_width=16, patch_size=16),
-        text_cfg=CLIPTextCfg(context_length=20, vocab_size=300, width=64, heads=4, layers=4),
-    ).double()
-    model.load_state_dict({k.removeprefix("model."): v for k, v in goldens.items() if k.startswith("model.")})
-    return model.eval()
 
 
 @pytest.fixture

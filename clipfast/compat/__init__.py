@@ -1,0 +1,1 @@
+"""Other libraries' interfaces on clipfast's engine: one module a library."""
