@@ -9,27 +9,26 @@ deletion and insertion follow where the truth is not asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.data.datasets import Dataset, Sample
-from clipfast.data.geometry import normalize
-from clipfast.data.inputs import Prepared, prepare_all
-from clipfast.errors import ImageError, InputError, nearest
+from clipfast.data.datasets import Dataset
+from clipfast.errors import InputError, nearest
 from clipfast.metrics.base import Columns, Protocol
+from clipfast.metrics.samples import OnError, batches
 from clipfast.models.model import Model, Precision
 
 Templates = str | Sequence[str]
 """The name of known templates ("openai", "simple", "photo", "bare"), or texts with {} where the class's name goes."""
 
-# Texts that are encoded, and samples that are opened, at once; what comes out does not depend on it.
-_TEXTS, _SAMPLES = 4096, 64
+# Texts that are encoded at once; what comes out does not depend on it.
+_TEXTS = 4096
 
 _Key = tuple[tuple[str, ...], tuple[str, ...]]
 _cache: WeakKeyDictionary[Model, dict[Precision, tuple[Any, Any, dict[_Key, Tensor]]]] = WeakKeyDictionary()
@@ -138,7 +137,7 @@ class ZeroShot(Protocol):
         dataset: Dataset,
         *,
         precision: Precision = None,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
         progress: Callable[[int], None] | None = None,
     ) -> Columns:
         """Columns of all samples: hits ("top-1", "top-5") and the label that the model picks ("prediction").
@@ -150,14 +149,15 @@ class ZeroShot(Protocol):
         """
         if dataset.classes is None:
             raise InputError(f"{dataset.name} has no classes to choose from; it offers {', '.join(dataset.offers)}.")
-        if on_error not in ("raise", "skip"):
-            raise InputError(f"on_error={on_error!r} must be 'raise' or 'skip'.")
         classes = class_embeddings(model, dataset.classes, self.templates, precision)
         columns = {name: torch.full((len(dataset),), torch.nan, dtype=torch.float64) for name in _COLUMNS}
-        for rows, z, labels in _encoded(model, dataset, precision, on_error, progress):
+        tower, _ = model.towers(precision)
+        for batch in batches(model, dataset, precision=precision, on_error=on_error, progress=progress):
+            z = tower.encode(batch.inputs(model, precision))
             order = (z @ classes.T).sort(dim=-1, descending=True, stable=True).indices[:, :5].cpu()
-            for row, choice, right in zip(rows, order, labels, strict=True):
+            for row, choice, sample in zip(batch.numbers, order, batch.samples, strict=True):
                 columns["prediction"][row] = choice[0]
+                right = {target.label for target in sample.targets if target.label is not None}
                 if right:
                     hits = torch.isin(choice, torch.tensor(sorted(right)))
                     columns["top-1"][row], columns["top-5"][row] = hits[0], hits.any()
@@ -165,56 +165,3 @@ class ZeroShot(Protocol):
 
 
 _COLUMNS = ("top-1", "top-5", "prediction")
-
-
-def _encoded(
-    model: Model, dataset: Dataset, precision: Precision, on_error: str, progress: Callable[[int], None] | None
-) -> Iterator[tuple[list[int], Tensor, list[set[int]]]]:
-    """Batches of samples: their numbers, unit embeddings (b, E), and the labels of each."""
-    tower, _ = model.towers(precision)
-    waiting: list[tuple[int, set[int], Prepared]] = []
-
-    def batch() -> tuple[list[int], Tensor, list[set[int]]]:
-        pixels = torch.stack([item.pixels for _, _, item in waiting])
-        x = normalize(pixels, model.spec, tower.dtype, tower.device)
-        return [row for row, _, _ in waiting], tower.encode(x), [labels for _, labels, _ in waiting]
-
-    for row, labels, item in _prepared(model, dataset, on_error):
-        if item is not None:
-            if waiting and waiting[0][2].pixels.shape != item.pixels.shape:
-                yield batch()
-                waiting = []
-            waiting.append((row, labels, item))
-            height, width = item.geometry.covered
-            patches = height // tower.patch_size[0] * (width // tower.patch_size[1])
-            if len(waiting) >= tower.rows_at_once(patches):
-                yield batch()
-                waiting = []
-        if progress is not None:
-            progress(1)
-    if waiting:
-        yield batch()
-
-
-def _prepared(model: Model, dataset: Dataset, on_error: str) -> Iterator[tuple[int, set[int], Prepared | None]]:
-    """Each sample's number, labels and picture as the model takes it; one that cannot be read raises, or is None."""
-    for start in range(0, len(dataset), _SAMPLES):
-        opened = [(row, _opened(dataset, row, on_error)) for row in range(len(dataset))[start : start + _SAMPLES]]
-        items = prepare_all([sample.image for _, sample in opened if sample is not None], model.spec)
-        for row, sample in opened:
-            item = None if sample is None else next(items)
-            if isinstance(item, ImageError):
-                if on_error == "raise":
-                    raise item
-                item = None
-            labels = set() if sample is None else {t.label for t in sample.targets if t.label is not None}
-            yield row, labels, item
-
-
-def _opened(dataset: Dataset, row: int, on_error: str) -> Sample | None:
-    try:
-        return dataset[row]
-    except ImageError:
-        if on_error == "raise":
-            raise
-        return None

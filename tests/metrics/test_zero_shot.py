@@ -19,6 +19,7 @@ from clipfast.data.datasets import Dataset, Sample, Target, open_dataset
 from clipfast.data.geometry import InputSpec, normalize
 from clipfast.data.scenes import names, render
 from clipfast.errors import ImageError, InputError, TextError
+from clipfast.metrics import samples as reading
 from clipfast.metrics import zero_shot
 from clipfast.metrics.base import figures
 from clipfast.metrics.perturbation import Classes
@@ -156,7 +157,7 @@ def by_hand(module: nn.Module, spec: InputSpec, samples: list[Sample], classes: 
 
 def test_accuracy_is_that_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     # Pictures are opened a few at a time, and no multiple of what goes through the model at once.
-    monkeypatch.setattr(zero_shot, "_SAMPLES", 7)
+    monkeypatch.setattr(reading, "_SAMPLES", 7)
     # A model that tells pictures apart, asked for things that are mostly not there: right by chance only.
     model = clipfast.load("demo", device="cpu")
     asked = names()[:6]

@@ -13,17 +13,18 @@ from clipfast.data.scenes import Scenes, names
 class RenderedScenes(Dataset):
     """`scenes:SEED:COUNT`: the first COUNT scenes of a benchmark seed; one target for each name that is drawn.
 
-    A scene's caption is true of it, its foil the same sentence with one thing wrong. Different seeds share no scene.
+    objects: how many things a scene has, as for `scenes.render`. A scene's caption is true of it, its foil the same
+    sentence with one thing wrong. Different seeds share no scene.
     """
 
     source: ClassVar[Source] = Source("Rendered scenes", "clipfast itself", "nothing: scenes:SEED or scenes:SEED:COUNT")
     offers = frozenset({"labels", "masks", "boxes", "captions"})
 
-    def __init__(self, seed: int, count: int):
-        self.name = f"scenes:{seed}"
+    def __init__(self, seed: int, count: int, objects: int | tuple[int, int] = (1, 3)):
+        self.name = f"scenes:{seed}" if objects == (1, 3) else f"scenes:{seed} of {objects} objects"
         self.classes = names()
         self._labels = {name: label for label, name in enumerate(self.classes)}
-        self._scenes = Scenes(count, seed)
+        self._scenes = Scenes(count, seed, objects=objects)
 
     def __len__(self) -> int:
         return len(self._scenes)
