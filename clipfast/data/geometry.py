@@ -225,13 +225,11 @@ def prepare(image: Image.Image, spec: InputSpec) -> tuple[Tensor, Geometry]:
     """
     image = read_image(image)
     width, height = image.size
-    resized, target = _sizes(height, width, spec)
-    top, left = (_centre(r, t) for r, t in zip(resized, target, strict=True))
-    sy, sx = height / resized[0], width / resized[1]
-    box = (left * sx, top * sy, (left + target[1]) * sx, (top + target[0]) * sy)
+    resized, (top, left), geometry = place(height, width, spec)
+    target, box = geometry.input, geometry.box
 
     resampling = _RESAMPLING[spec.interpolation]
-    if spec.resize == "crop" and resized[0] * resized[1] > _MAX_RESIZED_PIXELS:
+    if crops_first(resized, spec):
         inside = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], width), min(box[3], height))
         image = image.resize((target[1], target[0]), resampling, box=inside)
     else:
@@ -242,9 +240,23 @@ def prepare(image: Image.Image, spec: InputSpec) -> tuple[Tensor, Geometry]:
             canvas.paste(image, (-left, -top))
             image = canvas
 
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), geometry
+
+
+def place(height: int, width: int, spec: InputSpec) -> tuple[tuple[int, int], tuple[int, int], Geometry]:
+    """How an image of this size becomes the input: its (height, width) after resizing, the (top, left) of the input
+    there, negative where it is padded, and the geometry."""
+    resized, target = _sizes(height, width, spec)
+    top, left = (_centre(r, t) for r, t in zip(resized, target, strict=True))
+    sy, sx = height / resized[0], width / resized[1]
+    box = (left * sx, top * sy, (left + target[1]) * sx, (top + target[0]) * sy)
     covered = tuple(t // p * p for t, p in zip(target, spec.patch, strict=True))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return pixels, Geometry(height, width, box, target, (covered[0], covered[1]))
+    return resized, (top, left), Geometry(height, width, box, target, (covered[0], covered[1]))
+
+
+def crops_first(resized: tuple[int, int], spec: InputSpec) -> bool:
+    """Whether only the part that the crop keeps is resampled, as the whole would be too large."""
+    return spec.resize == "crop" and resized[0] * resized[1] > _MAX_RESIZED_PIXELS
 
 
 def _sizes(height: int, width: int, spec: InputSpec) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipfast.errors import ImageError, InputError
 
@@ -22,6 +22,16 @@ _SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".avif", ".jp2", ".j2k", ".tga", ".qoi"),
 )
+# What brings an image of an EXIF orientation upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _IMPOSTORS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the image: fetch the content with `git lfs pull`"),
     (b"%PDF", "is a PDF: export its pages as PNG or JPEG"),
@@ -66,8 +76,10 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
 
 
-def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def read_image(source: str | Path | bytes | Image.Image, *, name: str = "the image in memory") -> Image.Image:
     """An upright RGB image from a file, the bytes of one, or a PIL image (unchanged; itself if it is one already).
+
+    name: what errors call an image that comes as bytes.
 
     EXIF orientation is applied, transparency is composited on white, an animation gives its first frame (a PIL image
     its current one). 16-bit grey is scaled to 8 bits. Floats are taken as 0..1 or 0..255 where they lie within, wider
@@ -78,7 +90,7 @@ def read_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return _decoded(source, str(getattr(source, "filename", "") or "the image"))
     if isinstance(source, bytes):
-        return _read(io.BytesIO(source), "the image in memory")
+        return _read(io.BytesIO(source), name)
     if not isinstance(source, (str, Path)):
         raise ImageError(f"an image must be a path, bytes or a PIL image, not {type(source).__name__}.")
     name = str(source)
@@ -160,11 +172,22 @@ def _failed(name: str, error: Exception) -> ImageError:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    turn = _TURNS.get(orientation(image))
+    if turn is None:
+        return image
+    image = image.transpose(turn)
+    # Whoever reads it next would turn it once more.
+    for key in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"):
+        image.info.pop(key, None)
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF (or XMP) orientation of an opened image, 1 to 8; 1 where there is none or it cannot be read."""
     # A damaged EXIF block says nothing about the pixels, which are fine.
     with contextlib.suppress(Exception):
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            return ImageOps.exif_transpose(image)
-    return image
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
