@@ -30,6 +30,14 @@ class ModelError(ClipfastError):
     """A model that cannot be loaded, or whose structure clipfast does not know."""
 
 
+class OutputError(ClipfastError):
+    """Results that cannot be written; `full`: because no room is left, so that stopping and going on later may help."""
+
+    def __init__(self, message: str, full: bool = False):
+        super().__init__(message)
+        self.full = full
+
+
 class BackendError(ClipfastError, RuntimeError):
     """A backend the caller named cannot run the op; the message lists every reason."""
 
