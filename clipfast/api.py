@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipfast.batch import Batch
 from clipfast.data.geometry import Geometry, normalize
 from clipfast.data.inputs import Prepared, prepare_all, sources
 from clipfast.errors import ImageError, InputError, ModelError, TextError
@@ -174,9 +175,7 @@ class Explainer:
         All images must come to the same patch grid (any resize but "keep", or equal sizes).
         Raises InputError where they do not, for a method that has none, and as calling does.
         """
-        if not self._run.has_features:
-            having = ", ".join(name for name, method in METHODS.items() if method().has_features)
-            raise InputError(f"{self.method} has no attribution features as it is set; those that can have: {having}.")
+        self.check_features()
         self._explains("image")
         found = sources(images)
         tower, _ = self.model.towers(self.precision)
@@ -217,6 +216,51 @@ class Explainer:
             encode=lambda texts: self._asked(texts).embeddings,
             errors=errors,
         )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def batch(self, x: Tensor) -> Batch:
+        """Images of one size prepared in one pass, to be asked with `Batch.maps` as often as wanted.
+
+        For loops that prepare their own inputs, as data-set runs do. x: (B, 3, H, W), uint8 pixels of the input's size
+        or floats normalised for the model; nothing is looked for in them, and no more of them taken than `batch_size`
+        says does good. What is not finite in x or overflows on the way is not finite in the answers, row by row.
+
+        Raises InputError for a method that does not explain images, or x of another shape.
+        """
+        self._explains("image")
+        tower, _ = self.model.towers(self.precision)
+        if x.ndim != 4 or x.shape[1] != 3 or not (x.dtype == torch.uint8 or x.is_floating_point()):
+            raise InputError(f"a batch is (B, 3, H, W), uint8 or normalised, not {x.dtype} {tuple(x.shape)}.")
+        x = self._input(x, tower)
+        return Batch(self._run.image(tower, x), self._run.grid(tower, (x.shape[2], x.shape[3])), self._companions)
+
+    def batch_size(self, height: int, width: int) -> int:
+        """How many inputs of so many pixels one pass should take on the model's device."""
+        tower, _ = self.model.towers(self.precision)
+        patches = height // tower.patch_size[0] * (width // tower.patch_size[1])
+        return tower.rows_at_once(patches, gradients=self._run.keeps_activations)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def asks(self, texts: Texts) -> Asked:
+        """Texts, or embeddings (P, E), as `Batch.maps` takes them. Raises TextError as calling does."""
+        return self._asked(texts)
+
+    def check_features(self) -> None:
+        """Raises InputError where the method has no attribution features as it is set, naming those that have."""
+        if not self._run.has_features:
+            having = ", ".join(name for name, method in METHODS.items() if method().has_features)
+            raise InputError(f"{self.method} has no attribution features as it is set; those that can have: {having}.")
+
+    def check_weights(self) -> None:
+        """Raises ModelError where the model's weights hold NaN or infinite values, naming the first."""
+        for name, parameter in self.model.module.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise ModelError(
+                    f"the weights of {self.model.name} hold NaN or infinite values, first in {name}: "
+                    "load intact weights."
+                )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -414,7 +458,7 @@ class Explainer:
             indices, batch = waiting.setdefault(key, ([], []))
             indices.append(i)
             batch.append(item)
-            if len(batch) == self._micro_batch(tower, item):
+            if len(batch) == self.batch_size(*item.geometry.covered):
                 yield self._ready(indices, batch, tower)
                 if progress is not None:
                     progress(len(indices))
@@ -428,16 +472,15 @@ class Explainer:
         self, indices: list[int], batch: list[Prepared], tower: AnyImageTower
     ) -> tuple[list[int], Tensor, list[Prepared]]:
         x = _together([item.pixels for item in batch])
+        return indices, self._input(x, tower), batch
+
+    def _input(self, x: Tensor, tower: AnyImageTower) -> Tensor:
+        """uint8 pixels or normalised floats (B, 3, H, W) as the tower takes them."""
         if x.dtype == torch.uint8:
-            return indices, normalize(x, self.spec, tower.dtype, tower.device), batch
+            return normalize(x, self.spec, tower.dtype, tower.device)
         x = x.to(tower.device, tower.dtype)
         # Autograd takes nothing that was made under a caller's inference_mode.
-        return indices, x.clone() if x.is_inference() else x, batch
-
-    def _micro_batch(self, tower: AnyImageTower, item: Prepared) -> int:
-        height, width = item.geometry.covered
-        patches = height // tower.patch_size[0] * (width // tower.patch_size[1])
-        return tower.rows_at_once(patches, gradients=self._run.keeps_activations)
+        return x.clone() if x.is_inference() else x
 
     def _one_grid(self, found: list[Any], tower: AnyImageTower, prompts: int) -> tuple[int, int] | None:
         """The grid of all images' maps where it is known beforehand to be one. Raises InputError for too many maps."""
@@ -459,12 +502,7 @@ class Explainer:
         good = [i for i in range(len(numbers)) if i not in errors]
         if bool(numbers[good].isfinite().all()):
             return
-        for name, parameter in self.model.module.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise ModelError(
-                    f"the weights of {self.model.name} hold NaN or infinite values, first in {name}: "
-                    "load intact weights."
-                )
+        self.check_weights()
         raise ModelError(
             f"{self.model.name} overflows in {self.model.towers(self.precision)[0].dtype}: use precision='float32'."
         )

@@ -19,7 +19,7 @@ from clipfast.data.geometry import Geometry
 from clipfast.data.images import read_image
 from clipfast.errors import ImageError, InputError, TextError
 from clipfast.methods import METHODS
-from clipfast.methods.base import Relu, combine
+from clipfast.methods.base import Relu, feature_maps
 from clipfast.ops.minmax import minmax
 from clipfast.sheet import unit_embeddings
 
@@ -356,13 +356,9 @@ class Features:
                 "features read from a file know no text tower: "
                 "pass embeddings (P, E), as model.encode_texts gives them."
             )
-        values, weights = (
-            (self.values, self.weights) if self.values.ndim == 4 else (self.values[:, None], self.weights[:, None])
-        )
-        out = values.new_empty(len(values), len(wanted), values.shape[2])
-        combine(weights.unbind(1), values.unbind(1), wanted, self.relu, out)
+        maps = feature_maps(self.values, self.weights, wanted, self.relu)
         return Attribution(
-            maps=out.unflatten(-1, self.grid),
+            maps=maps.unflatten(-1, self.grid),
             scores=self.embeddings @ wanted.T,
             texts=names,
             sources=self.sources,

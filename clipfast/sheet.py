@@ -57,8 +57,13 @@ class Asked:
         """For these images: the embeddings (P, E) or (b, 1, E), and what `Explained.maps` takes."""
         if not self.pairs:
             return self.embeddings, self.embeddings if self.states is None else self.states
-        own = self.embeddings[images][:, None]
-        return own, own if self.states is None else [self.states.select(i) for i in images]
+        return self.chosen(torch.as_tensor(images)[:, None])
+
+    def chosen(self, numbers: Tensor) -> tuple[Tensor, Any]:
+        """For b images of which each is asked some of the texts, their numbers (b, P): embeddings (b, P, E), and what
+        `Explained.maps` takes."""
+        own = self.embeddings[numbers.to(self.embeddings.device)]
+        return own, own if self.states is None else [self.states.select(*row) for row in numbers.tolist()]
 
 
 @dataclass

@@ -170,6 +170,17 @@ def combine(
     return out.relu_() if relu == "sum" else out
 
 
+def feature_maps(values: Tensor, weights: Tensor, texts: Tensor, relu: Relu) -> Tensor:
+    """Maps (B, P, n) out of attribution features: values (B, n, E) and weights (B, n), or (B, L, n, E) and (B, L, n).
+
+    texts (P, E), or (B, P, E) with prompts of its own an image.
+    """
+    if values.ndim == 3:
+        values, weights = values[:, None], weights[:, None]
+    out = values.new_empty(len(values), texts.shape[-2], values.shape[2])
+    return combine(weights.unbind(1), values.unbind(1), texts, relu, out)
+
+
 def exact(t: Tensor) -> Tensor:
     """t in float64, on the CPU where its own device (MPS) has none."""
     return t.cpu().double() if t.device.type == "mps" else t.double()

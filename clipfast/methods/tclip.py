@@ -48,10 +48,11 @@ class PatchStates(Explained):
     def maps(self, texts: Any, *, out: Tensor | None = None) -> Tensor:
         """Maps (B, P, n) for embeddings or any other states, (P, E) or (B, P, E); they scale with a state's length.
 
-        Or for `TokenStates`, as `aggregate` says; a list of B of them holds one text for each image: (B, 1, n).
+        Or for `TokenStates`, as `aggregate` says; a list of B of them holds the P texts of each image.
         """
         batch, height, width, _ = self.patches.shape
-        prompts = 1 if isinstance(texts, list) else texts.shape[-2] if isinstance(texts, Tensor) else len(texts)
+        each = texts[0] if isinstance(texts, list) else texts
+        prompts = each.shape[-2] if isinstance(each, Tensor) else len(each)
         if out is None:
             out = self.z.new_empty(batch, prompts, height * width)
         if isinstance(texts, Tensor):

@@ -36,9 +36,11 @@ class TokenStates:
         """For each text the mean of its words' states: (P, E)."""
         return torch.stack([words.mean(0) for words in self.by_text])
 
-    def select(self, index: int) -> TokenStates:
-        """One text alone."""
-        return TokenStates(self.texts[index : index + 1], [self.names[index]], self.by_text[index])
+    def select(self, *indices: int) -> TokenStates:
+        """Some of the texts, in this order."""
+        chosen = list(indices)
+        words = torch.cat([self.by_text[i] for i in chosen])
+        return TokenStates(self.texts[chosen], [self.names[i] for i in chosen], words)
 
     def phrase(self, index: int, words: Sequence[str]) -> Tensor | None:
         """The mean state (E,) of the first run of these words in text `index`; None where they do not follow so."""
