@@ -241,6 +241,13 @@ class Explainer:
         patches = height // tower.patch_size[0] * (width // tower.patch_size[1])
         return tower.rows_at_once(patches, gradients=self._run.keeps_activations)
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The grid (h, w) of every image's map, None where images have grids of their own (resize="keep")."""
+        if self.spec.resize == "keep":
+            return None
+        return self._run.grid(self.model.towers(self.precision)[0], self.spec.size)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def asks(self, texts: Texts) -> Asked:
