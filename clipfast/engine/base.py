@@ -75,7 +75,8 @@ class Explained:
 
     keys (b,). geometries (b,). prompts (b, P): numbers of the run's texts, -1 where an image has fewer than P.
     texts: of images with texts of their own, those (else None). scores (b, P) float32, maps (b, P, h, w) float32.
-    features: values (b, n, E) or (b, L, n, E), weights (b, n) or (b, L, n), embeddings (b, E), where the run keeps them.
+    features: values (b, n, E) or (b, L, n, E), weights (b, n) or (b, L, n), embeddings (b, E), where a run keeps them;
+    relu: how maps are made of them (see `results.Features`).
     """
 
     keys: list[str]
@@ -85,3 +86,4 @@ class Explained:
     maps: np.ndarray
     texts: list[list[str]] | None = None
     features: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    relu: str = "each"

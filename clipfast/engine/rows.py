@@ -129,13 +129,13 @@ def map_table(batch: Explained, codec: Codec, grid: Shape | None) -> tuple[Any, 
     images = np.repeat(np.arange(len(counts)), counts)
     shape = batch.maps.shape[2:]
     maps = batch.maps.reshape(-1, *shape) if asked.all() else batch.maps[asked]
-    columns = {"key": arrow.array(batch.keys, "string").take(images), "prompt": batch.prompts[asked].astype(np.int32)}
+    columns = {"key": _repeated(batch.keys, images), "prompt": batch.prompts[asked].astype(np.int32)}
     if batch.texts is not None:
         columns["text"] = arrow.array([text for texts in batch.texts for text in texts], "string")
     columns["score"] = batch.scores[asked].astype(np.float32)
     for name, part in codec.encode(maps).items():
         columns["map" if name == "values" else name] = _column(part, fixed=grid is not None)
-    columns |= {name: column.take(images) for name, column in _geometry(batch.geometries, shape).items()}
+    columns |= _geometry(batch.geometries, shape, images)
     return arrow.table(columns, metadata=_about(maps=codec.name)), counts
 
 
@@ -145,7 +145,10 @@ def feature_table(batch: Explained, codec: Codec) -> Any:
     assert batch.features is not None
     values, weights, embeddings = batch.features
     layers = values.shape[1] if values.ndim == 4 else 0
-    columns = {"key": arrow.array(batch.keys, "string"), **_geometry(batch.geometries, batch.maps.shape[2:])}
+    columns = {
+        "key": arrow.array(batch.keys, "string"),
+        **_geometry(batch.geometries, batch.maps.shape[2:], np.arange(len(values))),
+    }
     columns |= {
         "layers": np.full(len(values), layers, np.int16),
         "patches": np.full(len(values), values.shape[-2], np.int32),
@@ -153,7 +156,7 @@ def feature_table(batch: Explained, codec: Codec) -> Any:
         "embedding": _column(embeddings.astype("<f4"), fixed=False),
     }
     columns |= {f"values_{name}": _column(part, fixed=False) for name, part in codec.encode(values).items()}
-    return arrow.table(columns, metadata=_about(features=codec.name))
+    return arrow.table(columns, metadata=_about(features=codec.name, relu=batch.relu))
 
 
 def _about(**names: str) -> dict[bytes, bytes]:
@@ -173,12 +176,16 @@ def _column(part: np.ndarray, fixed: bool) -> Any:
     return arrow.BinaryArray.from_buffers(arrow.binary(), len(part), [None, offsets, data])
 
 
-def _geometry(geometries: Sequence[Geometry], grid: Shape) -> dict[str, Any]:
+def _repeated(texts: list[str], rows: np.ndarray) -> Any:
+    """The texts of these rows, as arrow's strings."""
     arrow, _ = pyarrow()
-    rows = np.array([(g.height, g.width, *g.box, *g.input, *g.covered) for g in geometries], np.float64)
-    rows = rows.reshape(-1, len(GEOMETRY))
-    sides = {f"grid_{side}": arrow.array(np.full(len(rows), n, np.int16)) for side, n in zip("hw", grid, strict=True)}
-    return sides | {
-        name: arrow.array(rows[:, i].astype(kind.replace("double", "float64")))
-        for i, (name, kind) in enumerate(GEOMETRY.items())
-    }
+    own = arrow.array(texts, "string")
+    return own if len(rows) == len(texts) else arrow.DictionaryArray.from_arrays(rows, own).dictionary_decode()
+
+
+def _geometry(geometries: Sequence[Geometry], grid: Shape, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the geometry, a row for each of `images`."""
+    table = np.array([(g.height, g.width, *g.box, *g.input, *g.covered) for g in geometries], np.float64)
+    columns = table.reshape(-1, len(GEOMETRY)).T[:, images]
+    sides = {f"grid_{side}": np.full(len(images), n, np.int16) for side, n in zip("hw", grid, strict=True)}
+    return sides | {name: column.astype(kind) for (name, kind), column in zip(GEOMETRY.items(), columns, strict=True)}
