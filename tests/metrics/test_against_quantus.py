@@ -249,8 +249,8 @@ def test_gini_is_sparseness() -> None:
 
 
 def test_gini_of_equal_values_is_zero_in_both() -> None:
-    """Of zeros, too; theirs refuse them."""
-    even = torch.ones(1, SIDE, SIDE)
+    """Of zeros and of ones, too; theirs refuse them."""
+    even = torch.full((1, SIDE, SIDE), 0.5)
     theirs = called(quiet(quantus.Sparseness), None, None, even)
     assert float(Gini().measure(even)["gini"][0]) == pytest.approx(0, abs=1e-12)
     assert float(theirs[0]) == pytest.approx(0, abs=1e-6)
