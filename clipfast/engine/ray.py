@@ -1,0 +1,273 @@
+"""Shards as tasks of a Ray cluster, for data sets that outgrow one machine.
+
+Ray places workers and says when one is gone; which shards there are, what their files are called and when one is done
+stays clipfast's: a worker commits a shard by its marker, so that a lost worker, or a lost driver, costs no more than
+the shards that were being computed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from clipfast.engine.base import Shard
+from clipfast.engine.totals import RunError
+from clipfast.errors import ClipfastError, InputError
+
+Marker = dict[str, Any]
+Work = Callable[[Shard], Marker]
+
+# Shards and markers travel within Ray's messages: nothing of them needs shared memory, of which Ray takes a third else.
+_OBJECT_STORE = 80 << 20
+# Read when Ray is imported: it reports nothing home, and prints nothing of its own among a command's results, on stdout.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+# Deaths for each worker without a shard finished between, after which no more are tried.
+_DEATHS = 3
+# How long to wait at a time: signals are seen in between.
+_TICK = 0.5
+
+
+def ray_workers(
+    start: Callable[[], Work],
+    shards: Iterable[Shard],
+    *,
+    workers: int | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    address: str | None = None,
+    attempts: int = 3,
+    patience: float = 120,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Shard, Marker | Exception]]:
+    """Each shard with what became of it, in the order in which they end: the worker's marker, or why there is none.
+
+    start: called once in each worker (a Ray actor); what it returns computes one shard at a time. Both must pickle.
+    workers: how many (None: as many as the cluster has room for), of `cpus` and `gpus` each. On a machine that has room
+        for fewer there are fewer, with a warning; on a cluster those that come later join, so that it may grow.
+    address: of a cluster; None takes RAY_ADDRESS, the Ray that the process is already connected to, or starts one on
+        this machine, which ends with the iteration.
+    attempts: how many workers may die of a shard before it is given up. An exception that a worker raises is handed
+        on at the first time.
+    patience: seconds that may pass without any worker being there. stop: asked now and then; if true, shards under way
+        are finished and no more are begun.
+
+    Raises InputError where Ray is not installed, the cluster cannot be reached, or it has no room for a single worker;
+    RunError where workers do not start for another reason, or keep dying before they finish anything; clipfast's own
+    exceptions of `start` as they are.
+    """
+    if (workers is not None and workers < 1) or cpus < 0 or gpus < 0 or cpus + gpus == 0:
+        raise InputError("Ray needs at least one worker, and some of a CPU or a GPU for each.")
+    with _connected(address) as local:
+        count = _room(workers, cpus, gpus, local)
+        pool = _Pool(start, count, cpus, gpus, patience)
+        try:
+            yield from pool.run(deque((shard, 1) for shard in shards), attempts, stop)
+        finally:
+            pool.close()
+
+
+@dataclass
+class _Actor:
+    """A worker. task: what is awaited of it, its start (shard None) or a shard at its n-th attempt; None if it idles."""
+
+    handle: Any
+    task: Any
+    shard: Shard | None = None
+    attempt: int = 0
+
+
+class _Pool:
+    """Actors, each starting, computing one shard, or idle."""
+
+    def __init__(self, start: Callable[[], Work], count: int, cpus: float, gpus: float, patience: float):
+        import ray
+
+        self._ray: Any = ray
+        self._kind = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=1)(_worker())
+        self._start = ray.put(start)
+        self._needs = _amount(cpus, gpus)
+        self._patience = patience
+        self._actors: list[_Actor] = []
+        self._deaths = 0
+        for _ in range(count):
+            self._add()
+
+    def run(
+        self, waiting: deque[tuple[Shard, int]], attempts: int, stop: Callable[[], bool]
+    ) -> Iterator[tuple[Shard, Marker | Exception]]:
+        seen = time.monotonic()
+        while True:
+            if stop():
+                waiting.clear()
+            for actor in self._actors:
+                if actor.task is None and waiting:
+                    actor.shard, actor.attempt = waiting.popleft()
+                    actor.task = actor.handle.work.remote(actor.shard)
+            busy = sum(actor.shard is not None for actor in self._actors)
+            if not busy and not waiting:
+                return
+            if busy:
+                seen = time.monotonic()
+            elif time.monotonic() - seen > self._patience:
+                raise InputError(self._absent())
+            awaited = {actor.task: actor for actor in self._actors if actor.task is not None}
+            done, _ = self._ray.wait(list(awaited), num_returns=1, timeout=_TICK, fetch_local=False)
+            for task in done:
+                actor = awaited[task]
+                outcome = self._outcome(task)
+                shard, attempt, actor.shard, actor.task = actor.shard, actor.attempt, None, None
+                if outcome is None:
+                    self._replace(actor)
+                    if shard is not None and attempt < attempts:
+                        waiting.appendleft((shard, attempt + 1))
+                    elif shard is not None:
+                        yield shard, RunError(_fatal(shard, attempts))
+                elif shard is not None:
+                    self._deaths = 0
+                    yield shard, outcome
+                elif isinstance(outcome, ClipfastError):
+                    raise outcome
+                elif isinstance(outcome, Exception):
+                    raise RunError(f"a worker could not start: {outcome}") from outcome
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor.handle)
+
+    def _add(self) -> None:
+        handle = self._kind.remote()
+        self._actors.append(_Actor(handle, handle.start.remote(self._start)))
+
+    def _outcome(self, task: Any) -> Marker | Exception | None:
+        """What a worker returned or raised; None if it is dead, or cannot be reached."""
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            return self._ray.get(task, timeout=self._patience) or {}
+        except RayTaskError as error:
+            return error.cause if isinstance(error.cause, Exception) else ClipfastError(str(error))
+        except RayError:
+            return None
+
+    def _replace(self, actor: _Actor) -> None:
+        """Another worker in place of a dead one. Raises ClipfastError when that has not helped often enough."""
+        self._actors.remove(actor)
+        # It may live, and only be out of reach.
+        self._ray.kill(actor.handle)
+        self._deaths += 1
+        if self._deaths > _DEATHS * (len(self._actors) + 1):
+            raise RunError(
+                f"{self._deaths} workers died one after the other and no shard was finished between: a worker takes "
+                "more memory than its machine has, or its machine cannot run it; `ray logs` says more."
+            )
+        self._add()
+
+    def _absent(self) -> str:
+        total, free = self._ray.cluster_resources(), self._ray.available_resources()
+        return (
+            f"no worker could start in {self._patience:.0f} s: each needs {self._needs}, and of its "
+            f"{_amount(total.get('CPU', 0), total.get('GPU', 0))} the cluster has "
+            f"{_amount(free.get('CPU', 0), free.get('GPU', 0))} free; end what else runs there, or ask for less."
+        )
+
+
+def _worker() -> type:
+    # Made in a function, and so sent as code: a worker needs the clipfast that `start` names and no more of this file.
+    class Worker:
+        def start(self, start: Callable[[], Work]) -> None:
+            self.call = start()
+
+        def work(self, shard: Shard) -> Marker:
+            return self.call(shard)
+
+    return Worker
+
+
+@contextmanager
+def _connected(address: str | None) -> Iterator[bool]:
+    """Ray, connected; says whether it was started here. What was there before stays as it was."""
+    try:
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        import ray
+    except ImportError:
+        raise InputError("--engine ray needs Ray: pip install 'clipfast[ray]'.") from None
+    if ray.is_initialized():
+        yield False
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
+    options: dict[str, Any] = {"address": address, "logging_level": "ERROR", "log_to_driver": False}
+    if local:
+        options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
+        _bring_token()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(**options)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(f"the Ray cluster at {address} cannot be used: {reason}.") from error
+    finally:
+        # Ray puts its own handler there.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+    try:
+        yield local
+    finally:
+        ray.shutdown()
+
+
+def _bring_token() -> None:
+    """A secret for a Ray of our own, in the environment: without one Ray writes a file of its own into the home folder.
+
+    It stays: Ray reads it once in a process, and sets RAY_AUTH_MODE beside it.
+    """
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _room(wanted: int | None, cpus: float, gpus: float, local: bool) -> int:
+    """How many workers to ask for. Raises InputError where this machine has room for none."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = int(sum(min(node.get(k, 0) // n for k, n in (("CPU", cpus), ("GPU", gpus)) if n) for node in nodes))
+    if not local:
+        # A cluster that has no room yet may be one that grows when it is asked to.
+        return wanted or max(room, 1)
+    if room == 0:
+        has = _amount(*(sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")))
+        raise InputError(f"a worker needs {_amount(cpus, gpus)}, and this machine has {has}: ask for less.")
+    if wanted is not None and wanted > room:
+        warnings.warn(
+            f"this machine has room for {room} workers of {_amount(cpus, gpus)}, not for {wanted}: {room} are started.",
+            stacklevel=4,
+        )
+    return min(wanted or room, room)
+
+
+def _amount(cpus: float, gpus: float) -> str:
+    found = [f"{n:g} {kind}{'' if n == 1 else 's'}" for n, kind in ((cpus, "CPU"), (gpus, "GPU")) if n]
+    return " and ".join(found) or "no CPU and no GPU"
+
+
+def _fatal(shard: Shard, attempts: int) -> str:
+    return (
+        f"shard {shard.id}: {attempts} workers died while they computed it, as they do when memory runs out; "
+        "take smaller batches or shards."
+    )
