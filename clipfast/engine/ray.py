@@ -28,7 +28,7 @@ Work = Callable[[Shard], Marker]
 
 # Shards and markers travel within Ray's messages: nothing of them needs shared memory, of which Ray takes a third else.
 _OBJECT_STORE = 80 << 20
-# Read when Ray is imported: it reports nothing home, and prints nothing of its own among a command's results, on stdout.
+# Read when Ray is imported, so that it reports nothing home and prints nothing among a command's results on stdout.
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
@@ -81,7 +81,7 @@ def ray_workers(
 
 @dataclass
 class _Actor:
-    """A worker. task: what is awaited of it, its start (shard None) or a shard at its n-th attempt; None if it idles."""
+    """A worker. task: what is awaited of it: its start (shard None), or a shard for the n-th time; None if it idles."""
 
     handle: Any
     task: Any
