@@ -244,9 +244,12 @@ class Explainer:
     @property
     def grid(self) -> tuple[int, int] | None:
         """The grid (h, w) of every image's map, None where images have grids of their own (resize="keep")."""
-        if self.spec.resize == "keep":
-            return None
-        return self._run.grid(self.model.towers(self.precision)[0], self.spec.size)
+        return None if self.spec.resize == "keep" else self.grid_of(*self.spec.size)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The grid (h, w) of the maps of inputs of so many pixels."""
+        tower, _ = self.model.towers(self.precision)
+        return self._run.grid(tower, (height, width))
 
     @torch.inference_mode(False)
     @torch.no_grad()
