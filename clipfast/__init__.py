@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipfast.api import Explainer, explain
-    from clipfast.errors import BackendError, ClipfastError, ImageError, InputError, ModelError, TextError
+    from clipfast.compat.accelerate import accelerate
+    from clipfast.engine.reader import open_run
+    from clipfast.errors import (
+        BackendError,
+        ClipfastError,
+        ImageError,
+        InputError,
+        ModelError,
+        OutputError,
+        TextError,
+    )
     from clipfast.models.load import load
     from clipfast.models.model import Model
     from clipfast.ops.dispatch import backend
@@ -18,7 +28,9 @@ __version__ = "0.1.0"
 # Importing torch takes seconds, which `clipfast --help` should not: each name brings its module when it is first used.
 _HOMES = {
     "api": ("Explainer", "explain"),
-    "errors": ("BackendError", "ClipfastError", "ImageError", "InputError", "ModelError", "TextError"),
+    "compat.accelerate": ("accelerate",),
+    "engine.reader": ("open_run",),
+    "errors": ("BackendError", "ClipfastError", "ImageError", "InputError", "ModelError", "OutputError", "TextError"),
     "models.load": ("load",),
     "models.model": ("Model",),
     "ops.dispatch": ("backend",),
@@ -36,11 +48,14 @@ __all__ = [
     "InputError",
     "Model",
     "ModelError",
+    "OutputError",
     "TextError",
     "Words",
+    "accelerate",
     "backend",
     "explain",
     "load",
+    "open_run",
 ]
 
 

@@ -1,0 +1,193 @@
+"""`with clipfast.accelerate("captum", model=m):` other libraries, faster on one's CLIP, without a change to the code.
+
+Inside, the entry points of the libraries' classes are wrapped, and the image tower's forward is one that can stand in
+for it (`replay.Replay`). Whatever a library calls there, a lambda around `m.encode_image` or a module of the user's,
+comes through that forward; all else, other models included, runs as it always does. Nothing else is touched, and on
+leaving everything is what it was. Nested and concurrent uses are counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Any
+
+from clipfast.compat.replay import Replay, replaying
+from clipfast.errors import InputError, nearest
+from clipfast.models.load import load
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that can be accelerated.
+
+    package: what is imported; distribution: what is installed. root: of the classes whose methods are wrapped, as
+    "module:Class" each, with all of their subclasses; methods: which, where a class defines them itself.
+    """
+
+    package: str
+    distribution: str
+    roots: tuple[str, ...]
+    methods: tuple[str, ...]
+
+    def classes(self) -> list[type]:
+        """The classes and their subclasses. Raises InputError for a release that is built differently."""
+        found: dict[type, None] = {}
+        import_module(self.package)
+        for root in self.roots:
+            module, _, name = root.partition(":")
+            try:
+                kind = getattr(import_module(module), name)
+            except (ImportError, AttributeError) as error:
+                raise InputError(
+                    f"{self.distribution} {metadata.version(self.distribution)} has no {root}: it is built differently "
+                    "from the releases that clipfast knows, so leave it out of accelerate."
+                ) from error
+            found.update(dict.fromkeys([kind, *_subclasses(kind)]))
+        return list(found)
+
+
+LIBRARIES = {
+    "captum": Library("captum.attr", "captum", ("captum.attr._utils.attribution:Attribution",), ("attribute",)),
+    "pytorch_grad_cam": Library(
+        "pytorch_grad_cam",
+        "grad-cam",
+        (
+            "pytorch_grad_cam.base_cam:BaseCAM",
+            "pytorch_grad_cam.metrics.perturbation_confidence:PerturbationConfidenceMetric",
+            "pytorch_grad_cam.metrics.perturbation_confidence:AveragerAcrossThresholds",
+        ),
+        ("forward", "__call__"),
+    ),
+    "quantus": Library("quantus", "quantus", ("quantus.metrics.base:Metric",), ("__call__",)),
+    "torchcam": Library(
+        "torchcam.metrics",
+        "torchcam",
+        ("torchcam.metrics:ClassificationMetric", "torchcam.metrics:DeletionInsertionMetric"),
+        ("update",),
+    ),
+}
+
+_lock = threading.RLock()
+_wrapped: dict[tuple[type, str], list[Any]] = {}  # what was there, how many use it
+_standing_in: dict[int, list[Any]] = {}  # by the visual module's id: Replay, how many use it
+
+
+@contextmanager
+def accelerate(*libraries: str, model: Any) -> Iterator[tuple[Replay, ...]]:
+    """Run other libraries' explanations of CLIP models faster, with the same numbers.
+
+    libraries: "captum", "pytorch_grad_cam", "quantus", "torchcam"; all that are installed where none is named.
+    model: what `clipfast.load` takes, the very module that the libraries' forward functions run, or several of them.
+
+    Gives a `Replay` a model, whose counters say how often it stood in. A model whose stand-in does not agree with its
+    own forward on one image is left alone, with a warning.
+
+    Raises InputError for an unknown library, one that is not installed and one that is built differently from what is
+    known; ModelError for a model that has no vision transformer.
+    """
+    chosen = [_library(name) for name in libraries or _installed()]
+    models = [load(one) for one in (model if isinstance(model, list | tuple) else [model])]
+    with ExitStack() as stack:
+        found = tuple(stack.enter_context(_stand_in(Replay(one))) for one in models)
+        for library in chosen:
+            for kind in library.classes():
+                for name in library.methods:
+                    if name in vars(kind):
+                        stack.enter_context(_wrap(kind, name))
+        yield found
+
+
+def accelerated() -> list[str]:
+    """What is wrapped in this process now, as "package.Class.method"."""
+    with _lock:
+        return sorted(f"{kind.__module__}.{kind.__qualname__}.{name}" for kind, name in _wrapped)
+
+
+def _installed() -> list[str]:
+    found = []
+    for name, library in LIBRARIES.items():
+        try:
+            metadata.version(library.distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        found.append(name)
+    return found
+
+
+def _library(name: str) -> Library:
+    known = LIBRARIES.get(name.replace("-", "_"))
+    if known is None:
+        raise InputError(f"there is no library {name!r} to accelerate: {nearest(name, LIBRARIES)}")
+    try:
+        import_module(known.package)
+    except ImportError as error:
+        raise InputError(f"{name} is not installed: pip install {known.distribution}") from error
+    return known
+
+
+@contextmanager
+def _stand_in(replay: Replay) -> Iterator[Replay]:
+    """Let `replay` be its tower's forward; where one is already, that one stays."""
+    visual = replay.visual
+    with _lock:
+        entry = _standing_in.get(id(visual))
+        if entry is None:
+            if (reason := replay.why_not()) is not None:
+                warnings.warn(f"{replay.model.name} is not accelerated: {reason}.", stacklevel=4)
+                yield replay
+                return
+            entry = _standing_in[id(visual)] = [replay, 0, vars(visual).get("forward")]
+            visual.forward = replay
+        entry[1] += 1
+    try:
+        yield entry[0]
+    finally:
+        with _lock:
+            entry[1] -= 1
+            if not entry[1]:
+                del _standing_in[id(visual)]
+                if entry[2] is None:
+                    del visual.forward
+                else:
+                    visual.forward = entry[2]
+
+
+@contextmanager
+def _wrap(kind: type, name: str) -> Iterator[None]:
+    with _lock:
+        entry = _wrapped.get((kind, name))
+        if entry is None:
+            entry = _wrapped[kind, name] = [vars(kind)[name], 0]
+            setattr(kind, name, _replayed(entry[0]))
+        entry[1] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            entry[1] -= 1
+            if not entry[1]:
+                del _wrapped[kind, name]
+                setattr(kind, name, entry[0])
+
+
+def _replayed(original: Callable[..., Any]) -> Callable[..., Any]:
+    # functools.wraps leaves `__wrapped__`, through which captum's classes call one another.
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with replaying():
+            return original(*args, **kwargs)
+
+    return call
+
+
+def _subclasses(kind: type) -> list[type]:
+    found: list[type] = []
+    for sub in kind.__subclasses__():
+        found += [sub, *_subclasses(sub)]
+    return found
