@@ -37,7 +37,7 @@ GEOMETRY = {
 _REPEATED = frozenset(("key", "prompt", "text", "grid_h", "grid_w", "layers", "patches", *GEOMETRY))
 # A row group is what one look into a file reads and decompresses: about 1,000 maps or less than this many bytes.
 _ROWS = 1000
-MAP_GROUP, FEATURE_GROUP = 32_000_000, 4_000_000
+MAP_GROUP, FEATURE_GROUP = 16_000_000, 4_000_000
 
 
 class RowFile:
