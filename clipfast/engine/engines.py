@@ -29,21 +29,13 @@ def in_process(
         yield shard, worker(shard, progress)
 
 
-def on_ray(address: str | None = None, *, workers: int | None = None, cpus: float = 1, gpus: float = 0) -> Engine:
-    """An engine of `workers` Ray actors with so many CPUs and GPUs each; see `ray_workers`."""
-    from clipfast.engine.ray import ray_workers
+def on_ray(
+    address: str | None = None, *, workers: int | None = None, cpus: float = 1, gpus: float | None = None
+) -> Engine:
+    """An engine of `workers` Ray actors with so many CPUs and GPUs each; see `engine.ray.ray_job`."""
+    from clipfast.engine.ray import ray_job
 
-    def compute(
-        job: Job, shards: Sequence[Shard], stop: Callable[[], bool], progress: Callable[[int], None]
-    ) -> Iterator[Outcome]:
-        start = partial(Worker, replace(job, threads=max(1, int(cpus))))
-        found = ray_workers(start, shards, workers=workers, cpus=cpus, gpus=gpus, address=address, stop=stop)
-        for shard, outcome in found:
-            if not isinstance(outcome, Exception):
-                progress(outcome["images"] + len(outcome["errors"]))
-            yield shard, outcome
-
-    return compute
+    return partial(ray_job, workers=workers, cpus=cpus, gpus=gpus, address=address)
 
 
 def local_devices(job: Job, processes: int | None) -> list[str | None]:

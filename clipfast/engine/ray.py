@@ -16,15 +16,15 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from clipfast.engine.base import Shard
+from clipfast.engine.local import Marker, Outcome
 from clipfast.engine.totals import RunError
+from clipfast.engine.work import Job, Worker
 from clipfast.errors import ClipfastError, InputError
-
-Marker = dict[str, Any]
-Work = Callable[[Shard], Marker]
 
 # Shards and markers travel within Ray's messages: nothing of them needs shared memory, of which Ray takes a third else.
 _OBJECT_STORE = 80 << 20
@@ -40,25 +40,60 @@ _DEATHS = 3
 _TICK = 0.5
 
 
+def ray_job(
+    job: Job,
+    shards: Iterable[Shard],
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda images: None,
+    *,
+    workers: int | None = None,
+    cpus: float = 1,
+    gpus: float | None = None,
+    address: str | None = None,
+) -> Iterator[Outcome]:
+    """The shards of a job, computed by a Ray cluster: an engine for `run`.
+
+    Every machine must reach the job's images, model and folder under the same names. workers, cpus, gpus, address, and
+    what is raised: as for `ray_workers`; by default a worker takes a GPU unless the job's device is the CPU. progress:
+    called with a shard's images when it is done. Raises InputError for a model that only this process has, too.
+    """
+    if not job.portable:
+        raise InputError("Ray's workers load the model by themselves: name it, or its checkpoint's path.")
+    if gpus is None and job.device is not None:
+        gpus = float(job.device.startswith("cuda"))
+    start = partial(_begin, replace(job, threads=job.threads or max(1, int(cpus))))
+    for shard, outcome in ray_workers(start, shards, workers=workers, cpus=cpus, gpus=gpus, address=address, stop=stop):
+        if not isinstance(outcome, Exception):
+            progress(outcome["images"] + len(outcome["errors"]))
+        yield shard, outcome
+
+
+def _begin(job: Job, gpus: float) -> Worker:
+    # Of the machine's GPUs a worker sees those that Ray gave it, and none it may use where it was given none.
+    other = job.device is not None and not job.device.startswith("cuda")
+    return Worker(job if other else replace(job, device="cuda" if gpus else "cpu"))
+
+
 def ray_workers(
-    start: Callable[[], Work],
+    start: Callable[[float], Callable[[Shard], Marker]],
     shards: Iterable[Shard],
     *,
     workers: int | None = None,
     cpus: float = 1,
-    gpus: float = 0,
+    gpus: float | None = None,
     address: str | None = None,
     attempts: int = 3,
     patience: float = 120,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[Shard, Marker | Exception]]:
+) -> Iterator[Outcome]:
     """Each shard with what became of it, in the order in which they end: the worker's marker, or why there is none.
 
-    start: called once in each worker (a Ray actor); what it returns computes one shard at a time. Both must pickle.
-    workers: how many (None: as many as the cluster has room for), of `cpus` and `gpus` each. On a machine that has room
-        for fewer there are fewer, with a warning; on a cluster those that come later join, so that it may grow.
-    address: of a cluster; None takes RAY_ADDRESS, the Ray that the process is already connected to, or starts one on
-        this machine, which ends with the iteration.
+    start: called once in each worker (a Ray actor) with its share of GPUs; computes one shard at a time. Must pickle.
+    workers: how many (None: as many as the cluster has room for), of `cpus` and `gpus` each; gpus None is one, where
+        the cluster has any. On a machine that has room for fewer there are fewer, with a warning; on a cluster those
+        that come later join, so that it may grow.
+    address: of a cluster; None takes the Ray that the process is connected to, then RAY_ADDRESS, and otherwise starts
+        one on this machine, which ends with the iteration.
     attempts: how many workers may die of a shard before it is given up. An exception that a worker raises is handed
         on at the first time.
     patience: seconds that may pass without any worker being there. stop: asked now and then; if true, shards under way
@@ -68,13 +103,17 @@ def ray_workers(
     RunError where workers do not start for another reason, or keep dying before they finish anything; clipfast's own
     exceptions of `start` as they are.
     """
-    if (workers is not None and workers < 1) or cpus < 0 or gpus < 0 or cpus + gpus == 0:
+    if (workers is not None and workers < 1) or cpus < 0 or (gpus or 0) < 0 or cpus + (gpus or 0) == 0:
         raise InputError("Ray needs at least one worker, and some of a CPU or a GPU for each.")
-    with _connected(address) as local:
-        count = _room(workers, cpus, gpus, local)
-        pool = _Pool(start, count, cpus, gpus, patience)
+    with _connected(address) as (ray, local):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if gpus is None:
+            gpus = float(any(node.get("GPU", 0) >= 1 for node in nodes))
+        waiting = deque((shard, 1) for shard in shards)
+        count = min(_room(nodes, workers, cpus, gpus, local), len(waiting))
+        pool = _Pool(ray, start, count, cpus, gpus, patience)
         try:
-            yield from pool.run(deque((shard, 1) for shard in shards), attempts, stop)
+            yield from pool.run(waiting, attempts, stop)
         finally:
             pool.close()
 
@@ -92,12 +131,10 @@ class _Actor:
 class _Pool:
     """Actors, each starting, computing one shard, or idle."""
 
-    def __init__(self, start: Callable[[], Work], count: int, cpus: float, gpus: float, patience: float):
-        import ray
-
-        self._ray: Any = ray
+    def __init__(self, ray: Any, start: Any, count: int, cpus: float, gpus: float, patience: float):
+        self._ray = ray
         self._kind = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_concurrency=1)(_worker())
-        self._start = ray.put(start)
+        self._start = ray.put(start), gpus
         self._needs = _amount(cpus, gpus)
         self._patience = patience
         self._actors: list[_Actor] = []
@@ -105,9 +142,7 @@ class _Pool:
         for _ in range(count):
             self._add()
 
-    def run(
-        self, waiting: deque[tuple[Shard, int]], attempts: int, stop: Callable[[], bool]
-    ) -> Iterator[tuple[Shard, Marker | Exception]]:
+    def run(self, waiting: deque[tuple[Shard, int]], attempts: int, stop: Callable[[], bool]) -> Iterator[Outcome]:
         seen = time.monotonic()
         while True:
             if stop():
@@ -149,7 +184,7 @@ class _Pool:
 
     def _add(self) -> None:
         handle = self._kind.remote()
-        self._actors.append(_Actor(handle, handle.start.remote(self._start)))
+        self._actors.append(_Actor(handle, handle.start.remote(*self._start)))
 
     def _outcome(self, task: Any) -> Marker | Exception | None:
         """What a worker returned or raised; None if it is dead, or cannot be reached."""
@@ -187,8 +222,8 @@ class _Pool:
 def _worker() -> type:
     # Made in a function, and so sent as code: a worker needs the clipfast that `start` names and no more of this file.
     class Worker:
-        def start(self, start: Callable[[], Work]) -> None:
-            self.call = start()
+        def start(self, start: Callable[[float], Callable[[Shard], Marker]], gpus: float) -> None:
+            self.call = start(gpus)
 
         def work(self, shard: Shard) -> Marker:
             return self.call(shard)
@@ -197,8 +232,8 @@ def _worker() -> type:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[bool]:
-    """Ray, connected; says whether it was started here. What was there before stays as it was."""
+def _connected(address: str | None) -> Iterator[tuple[Any, bool]]:
+    """Ray, connected, and whether it was started here; a connection that was there before stays."""
     try:
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
@@ -206,7 +241,7 @@ def _connected(address: str | None) -> Iterator[bool]:
     except ImportError:
         raise InputError("--engine ray needs Ray: pip install 'clipfast[ray]'.") from None
     if ray.is_initialized():
-        yield False
+        yield ray, False
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     local = address == "local"
@@ -227,7 +262,7 @@ def _connected(address: str | None) -> Iterator[bool]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
     try:
-        yield local
+        yield ray, local
     finally:
         ray.shutdown()
 
@@ -241,12 +276,10 @@ def _bring_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _room(wanted: int | None, cpus: float, gpus: float, local: bool) -> int:
+def _room(nodes: list[dict[str, float]], wanted: int | None, cpus: float, gpus: float, local: bool) -> int:
     """How many workers to ask for. Raises InputError where this machine has room for none."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = int(sum(min(node.get(k, 0) // n for k, n in (("CPU", cpus), ("GPU", gpus)) if n) for node in nodes))
+    needs = [(kind, number) for kind, number in (("CPU", cpus), ("GPU", gpus)) if number]
+    room = int(sum(min(node.get(kind, 0) // number for kind, number in needs) for node in nodes))
     if not local:
         # A cluster that has no room yet may be one that grows when it is asked to.
         return wanted or max(room, 1)
