@@ -22,7 +22,7 @@ from torch import Tensor
 from clipfast.engine.base import Failure
 from clipfast.engine.config import RunConfig
 from clipfast.engine.folder import RunFolder
-from clipfast.engine.stored import FeatureRows, RowReader, Rows, codec_of, features_of, geometry, rows_of
+from clipfast.engine.stored import FeatureRows, RowReader, Rows, codec_of, embeddings_of, features_of, geometry, rows_of
 from clipfast.engine.totals import Totals
 from clipfast.engine.writer import FEATURES, SHARDS
 from clipfast.errors import InputError, nearest
@@ -180,6 +180,15 @@ class Run:
             file = self._feature_file(shard)
             for table in file.groups():
                 yield from features_of(table, codec_of(file.about), file.about["relu"])
+
+    def embeddings(self) -> Iterator[np.ndarray]:
+        """The unit embeddings of all images in order, (N, E) float32 some at a time, without their features.
+
+        Raises InputError for a run that kept none.
+        """
+        for shard in self._with_rows():
+            for column in self._feature_file(shard).column("embedding"):
+                yield embeddings_of(column)
 
     def as_features(self, rows: list[FeatureRows], model: Model | None = None) -> Features:
         """Rows of one grid as `Features`; model: see `features`."""

@@ -86,6 +86,13 @@ class RowReader:
         """All rows, a table for each row group."""
         return map(self.group, range(len(self.starts) - 1))
 
+    def column(self, name: str) -> Iterator[Any]:
+        """A column alone, a part for each row group; the others are not read."""
+        for number in range(len(self.starts) - 1):
+            with self._reading():
+                column = self._file.read_row_group(number, columns=[name], use_threads=False)[name]
+            yield column
+
     def group(self, number: int) -> Any:
         """A row group as a table; the latest is kept, for its images are often asked for one after the other."""
         if self._latest[0] != number:
@@ -135,11 +142,16 @@ def rows_of(table: Any, codec: Codec) -> Iterator[Rows]:
         )
 
 
+def embeddings_of(column: Any) -> np.ndarray:
+    """The embeddings (N, E), float32, of a part of that column of features/."""
+    return _bytes(column).view("<f4").astype(np.float32)
+
+
 def features_of(table: Any, codec: Codec, relu: str) -> Iterator[FeatureRows]:
     """A table of features/, in order, images of one grid at a time."""
     for part, grid in _by_grid(table):
         layers, patches = (int(part[name][0].as_py()) for name in ("layers", "patches"))
-        embeddings = _bytes(part["embedding"]).view("<f4")
+        embeddings = embeddings_of(part["embedding"])
         shape: Shape = (*((layers,) if layers else ()), patches, embeddings.shape[1])
         parts: Parts = {
             name: _array(part[f"values_{name}"], dtype, own) for name, (dtype, own) in codec.layout(shape).items()
@@ -148,7 +160,7 @@ def features_of(table: Any, codec: Codec, relu: str) -> Iterator[FeatureRows]:
             keys=part["key"].to_pylist(),
             values=codec.decode(parts, shape),
             weights=_array(part["weights"], np.dtype("<f4"), shape[:-1]).astype(np.float32),
-            embeddings=embeddings.astype(np.float32),
+            embeddings=embeddings,
             geometry=_geometry_columns(part),
             grid=grid,
             relu=relu,
