@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from clipfast.api import Explainer, explain
     from clipfast.compat.accelerate import accelerate
     from clipfast.engine.reader import open_run
+    from clipfast.engine.run import run
     from clipfast.errors import (
         BackendError,
         ClipfastError,
@@ -30,6 +31,7 @@ _HOMES = {
     "api": ("Explainer", "explain"),
     "compat.accelerate": ("accelerate",),
     "engine.reader": ("open_run",),
+    "engine.run": ("run",),
     "errors": ("BackendError", "ClipfastError", "ImageError", "InputError", "ModelError", "OutputError", "TextError"),
     "models.load": ("load",),
     "models.model": ("Model",),

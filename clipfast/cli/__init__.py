@@ -13,11 +13,13 @@ from clipfast.cli.explain import explain
 from clipfast.cli.group import Commands
 from clipfast.cli.methods import methods
 from clipfast.cli.models import models
+from clipfast.cli.run import run
 from clipfast.cli.words import words
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 for command in (explain, words, demo):
     app.command()(command)
+app.command()(run)
 app.command("eval")(evaluate)
 for listing in (models, methods, doctor):
     app.command()(listing)

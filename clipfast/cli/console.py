@@ -72,20 +72,33 @@ class _Rate(ProgressColumn):
         return Text("" if not task.speed else f"{task.speed:.1f}/s", style="dim")
 
 
+class _Detail(ProgressColumn):
+    def __init__(self, detail: Callable[[], str]):
+        super().__init__()
+        self._detail = detail
+
+    def render(self, task: Task) -> Text:
+        return Text(self._detail(), style="dim")
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left on a terminal, a line every ten seconds elsewhere; call it with what is done."""
+def progress(what: str, total: int | None, detail: Callable[[], str] | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left on a terminal, a line every ten seconds elsewhere; call it with what is done.
+
+    total: None where nobody knows. detail: asked for a few more words whenever something is shown.
+    """
     console = stderr()
     if not console.is_terminal:
-        yield _plain(what, total)
+        yield _plain(what, total, detail)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()]
+    columns += [TimeRemainingColumn()] + ([_Detail(detail)] if detail is not None else [])
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda finished: bar.advance(task, finished)
 
 
-def _plain(what: str, total: int) -> Callable[[int], None]:
+def _plain(what: str, total: int | None, detail: Callable[[], str] | None) -> Callable[[int], None]:
     started = said = time.monotonic()
     done = 0
 
@@ -96,7 +109,11 @@ def _plain(what: str, total: int) -> Callable[[int], None]:
         if now - said >= _PLAIN_EVERY:
             said = now
             rate = done / (now - started)
-            left = (total - done) / rate
-            print(f"{what} {done} of {total}, {rate:.1f}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+            words = [f"{what} {done}" if total is None else f"{what} {done} of {total}", f"{rate:.1f}/s"]
+            if total is not None and rate:
+                words.append(f"{(total - done) / rate:.0f} s left")
+            if detail is not None and detail():
+                words.append(detail())
+            print(", ".join(words), file=sys.stderr, flush=True)
 
     return advance

@@ -19,6 +19,7 @@ from clipfast.data.arrow import pyarrow
 from clipfast.engine.base import Shard, Source
 from clipfast.engine.config import RunConfig
 from clipfast.engine.engines import Engine, in_process, local_devices, process_starts
+from clipfast.engine.estimate import estimate
 from clipfast.engine.folder import SUMMARY, Part, RunFolder
 from clipfast.engine.local import local_workers
 from clipfast.engine.sources import open_source
@@ -66,21 +67,23 @@ def run(
     overwrite: bool = False,
     retry_errors: bool = False,
     max_error_rate: float = MAX_ERROR_RATE,
+    dry: bool = False,
     engine: Engine | None = None,
     watch: Watch | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
     """Maps of a whole data set, in a folder that `clipfast.open_run` reads; returns what its summary.json holds.
 
-    source: as `open_source` takes it, with shard_size, limit, image_column and key_column; or a Source. texts: asked of
-    every image, or a Prompts; column: of the source, "caption" for the text beside each image, where each image has
-    texts of its own; templates, top: as for `Prompts`. model, pretrained, device: as for `clipfast.load`. method,
+    source: as `open_source` takes it, with shard_size, limit, image_column and key_column; or a Source. texts: asked
+    of every image, or a Prompts; column: of the source, "caption" for the text beside each image, where each image
+    has texts of its own; templates, top: as for `Prompts`. model, pretrained, device: as for `clipfast.load`. method,
     parameters, precision, resize: as for `Explainer`. maps, features: codecs (`storage`); features=True keeps them in
     the usual one. exact: decode as Pillow does, to the last bit. workers, batch: threads that decode, and images that
-    go through the model at once; by default as many as the machine is good for. processes: on this machine, by default
-    one a GPU. part: (i, n), of the shards those whose number leaves i when divided by n. overwrite: begin anew in a
-    folder of another configuration. retry_errors: do those shards again in which images failed. max_error_rate: the
-    share of images that may fail. engine: another one than this machine's, such as `on_ray`.
+    go through the model at once; by default as many as the machine is good for. processes: on this machine, by
+    default one a GPU. part: (i, n), of the shards those whose number leaves i when divided by n. overwrite: begin
+    anew in a folder of another configuration. retry_errors: do those shards again in which images failed.
+    max_error_rate: the share of images that may fail. dry: only look: returns what an `Estimate` holds, and writes
+    nothing. engine: another one than this machine's, such as `on_ray`.
 
     An image that fails is recorded with its reason; the run goes on. Ctrl-C and SIGTERM let the shard at hand be
     finished; then KeyboardInterrupt is raised. Raises InputError (and ModelError, TextError) before anything is
@@ -129,6 +132,7 @@ def run(
         overwrite=overwrite,
         retry_errors=retry_errors,
         max_error_rate=max_error_rate,
+        dry=dry,
         engine=engine,
         watch=watch,
     )
@@ -143,6 +147,7 @@ def run_job(
     overwrite: bool = False,
     retry_errors: bool = False,
     max_error_rate: float = MAX_ERROR_RATE,
+    dry: bool = False,
     engine: Engine | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
@@ -163,6 +168,10 @@ def run_job(
         explainer.asks(job.prompts.asked(explainer))
     config = first.config(explainer)
     job = replace(job, digest=config.digest, precision=_resolved(job.precision, config.dtype))
+    if dry:
+        own = [shard for shard in listed if shard.number % part[1] == part[0]]
+        done = sum(1 for _ in folder.done(own, config.digest))
+        return estimate(job, explainer, own, done, max(1, len(devices))).to_json()
     with Stop(watch) as stop, folder.working(part, config, overwrite=overwrite):
         if not whole:
             listed = folder.longer(listed, config.digest)
