@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
@@ -54,6 +54,21 @@ def split(place: str) -> tuple[str, str]:
     return (f"{root}/" if root.endswith(":/") else root or slash), name
 
 
+def common(places: Sequence[str]) -> str:
+    """The folder that files have in common, "" where there is none.
+
+    >>> common(["s3://a/b/1.jpg", "s3://a/c/1.jpg"]), common(["/x/1.jpg", "/y/1.jpg"])
+    ('s3://a', '/')
+    """
+    parts = []
+    for level in zip(*(place.split("/")[:-1] for place in places), strict=False):
+        if len(set(level)) > 1:
+            break
+        parts.append(level[0])
+    root = "/".join(parts)
+    return f"{root}/" if parts == [""] or root.endswith(":/") else root
+
+
 def read_bytes(root: str, name: str) -> bytes:
     """A whole file, its name relative to a folder `root` (or absolute, or an address).
 
@@ -93,6 +108,11 @@ def open_binary(name: str) -> BinaryIO:
         return open(name, "rb", opener=_open_at_once)
     system, path = _system(name)
     return cast(BinaryIO, system.open(path, "rb"))
+
+
+def reach(name: str) -> None:
+    """Raises InputError for an address whose kind fsspec does not know, or lacks a package for."""
+    _system(name)
 
 
 def exists(name: str) -> bool:

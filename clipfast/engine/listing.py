@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,8 +12,10 @@ from clipfast.data.keys import numbered
 from clipfast.data.places import MissingError, joined, read_bytes
 from clipfast.data.tars import captions
 from clipfast.engine.base import Failure, Item, Shard, Source
-from clipfast.engine.texts import CAPTION
 from clipfast.errors import ImageError
+
+CAPTION = "caption"
+"""The column of the text beside an image: photo.txt or photo.json beside photo.jpg, in a folder or in a tar."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,16 @@ class _Held:
 class Files(Source):
     """Images that are files of their own. Their captions, where asked for, lie beside them: photo.txt or photo.json.
 
-    root: what names are relative to. listing: lists the files, anew in each process that asks for the shards.
+    root: what names are relative to. listing: lists the files, anew in each process that asks for the shards; listed:
+    what it came to just now.
     """
 
-    def __init__(self, kind: str, place: str, root: str, listing: Callable[[], Listing], wanted: Wanted):
+    def __init__(
+        self, kind: str, place: str, root: str, listing: Callable[[], Listing], wanted: Wanted, listed: Listing
+    ):
         self._kind, self._place, self._root, self._wanted = kind, place, root, wanted
         self._listing = listing
-        self._shards: list[Shard] | None = None
+        self._shards: list[Shard] | None = list(self._cut(listed))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": None}
@@ -89,7 +94,12 @@ class Files(Source):
         for number, start in enumerate(range(0, count, self._wanted.shard_size)):
             part = slice(start, min(start + self._wanted.shard_size, count))
             own = None if keys is names else "\0".join(keys[part])
-            held = _Held("\0".join(names[part]), own, {n: v[part] for n, v in listing.columns.items()}, listing.about)
+            held = _Held(
+                "\0".join(names[part]),
+                own,
+                {name: values[part] for name, values in listing.columns.items()},
+                listing.about,
+            )
             yield Shard(shard_id(number, held.names, own or ""), number, held, part.stop - part.start)
 
     def items(self, shard: Shard) -> Iterator[Item | Failure]:
@@ -127,7 +137,7 @@ class Beside(Mapping[str, Any]):
                 return captions(held)
             except (ValueError, AttributeError) as error:
                 raise ImageError(f"{joined(self._root, stem)}.json is damaged: {error}.") from error
-        raise KeyError(column)
+        return []
 
     def __iter__(self) -> Iterator[str]:
         return iter((CAPTION,))
@@ -149,16 +159,3 @@ def shard_id(number: int, *lists: str) -> str:
     """A shard's name: its number, and ten digits that stand for what it lists, wherever that lies."""
     digest = hashlib.sha256("\0\0".join(lists).encode(errors="surrogatepass"))
     return f"{number:06d}-{digest.hexdigest()[:10]}"
-
-
-def together(listings: Iterable[Listing]) -> Listing:
-    """Several listings as one, in order."""
-    found = list(listings)
-    if len(found) == 1:
-        return found[0]
-    keyed = any(one.keys is not None for one in found)
-    return Listing(
-        [name for one in found for name in one.names],
-        [key for one in found for key in (one.names if one.keys is None else one.keys)] if keyed else None,
-        {column: [v for one in found for v in one.columns[column]] for column in found[0].columns},
-    )

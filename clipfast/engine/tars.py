@@ -14,8 +14,7 @@ from clipfast.data.keys import Numbering, numbered
 from clipfast.data.places import MAX_BYTES, is_url, joined, open_binary, sentence
 from clipfast.data.tars import PICTURES, TarError, captions, members, sample_name
 from clipfast.engine.base import Failure, Item, Shard, Source
-from clipfast.engine.listing import Wanted, shard_id
-from clipfast.engine.texts import CAPTION
+from clipfast.engine.listing import CAPTION, Wanted, shard_id
 from clipfast.errors import InputError
 
 # So many tars without a picture, and nobody meant them.

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from clipfast.data.places import read_bytes
 from clipfast.engine.base import Item
+from clipfast.engine.listing import CAPTION
 from clipfast.errors import ImageError, InputError, TextError
-from clipfast.metrics.zero_shot import Templates, class_embeddings, template_texts
 
 if TYPE_CHECKING:
     from clipfast.api import Explainer
-
-CAPTION = "caption"
-"""The column of an image's sidecar: photo.txt (or .json) beside photo.jpg, in a folder or a tar."""
+    from clipfast.metrics.zero_shot import Templates
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,7 @@ class Prompts:
             raise InputError(f"top and template choose among classes: leave them out with {_called(self.column)}.")
         if self.top is not None and self.top < 1:
             raise InputError(f"top={self.top} must be at least 1.")
-        if self.templates is not None:
-            template_texts(self.templates)
+        self._templates()
 
     @classmethod
     def parse(
@@ -116,12 +113,20 @@ class Prompts:
         """
         if self.column is not None:
             raise InputError(f"each image is asked for its own {_called(self.column)}: there are no shared texts.")
-        if self.templates is None:
-            return list(self.texts)
-        templates = template_texts(self.templates)
+        templates = self._templates()
         if len(templates) == 1:
             return [templates[0].replace("{}", name) for name in self.texts]
+        from clipfast.metrics.zero_shot import class_embeddings
+
         return class_embeddings(explainer.model, self.texts, templates, explainer.precision)
+
+    def _templates(self) -> tuple[str, ...]:
+        """The texts that names are put into. Raises InputError for unknown or unfit ones."""
+        if self.templates is None:
+            return ("{}",)
+        from clipfast.metrics.zero_shot import template_texts
+
+        return template_texts(self.templates)
 
     def chosen(self, scores: Tensor) -> Tensor:
         """Which of the shared texts images are explained for, from their scores (b, P): numbers (b, `per_image`).

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from clipfast.data.images import is_image
+from clipfast.data.keys import numbered
 from clipfast.errors import InputError, nearest
 
 Box = tuple[float, float, float, float]
@@ -138,7 +139,7 @@ def pictures(path: Path) -> list[Path]:
         return []
     # Entries know what they are; asking the disk for each of a million paths would take minutes.
     with os.scandir(path) as entries:
-        return [path / name for name in sorted(e.name for e in entries if is_image(Path(e.name)) and e.is_file())]
+        return [path / name for name in sorted(e.name for e in entries if is_image(e.name) and e.is_file())]
 
 
 def first_existing(*paths: Path) -> Path | None:
@@ -152,15 +153,8 @@ def safe_keys(names: Iterable[str]) -> list[str]:
     >>> safe_keys(["cat/a b", "cat/a:b", "dog"])
     ['cat_a_b', 'cat_a_b~2', 'dog']
     """
-    seen: Counter[str] = Counter()
-    keys = []
-    for name in names:
-        key = re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_"
-        # Some file systems take "A" for "a".
-        seen[key.lower()] += 1
-        count = seen[key.lower()]
-        keys.append(key if count == 1 else f"{key}~{count}")
-    return keys
+    # Some file systems take "A" for "a".
+    return numbered((re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "_" for name in names), str.lower)
 
 
 def in_turn(labels: Sequence[int], limit: int | None) -> list[int]:

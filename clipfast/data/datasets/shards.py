@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-import tarfile
 from glob import glob, has_magic
 from itertools import groupby, islice
 from operator import itemgetter
@@ -13,16 +10,17 @@ from typing import ClassVar
 
 from clipfast.data.datasets.base import Dataset, Sample, Source, Target, first_existing, missing, reading, safe_keys
 from clipfast.data.images import read_image
+from clipfast.data.places import braces
+from clipfast.data.tars import PICTURES, TarError, captions, members, sample_name
 from clipfast.errors import ImageError, InputError
 
-_PICTURES = ("jpg", "jpeg", "png", "webp")
 _Span = tuple[int, int]
 
 
 class WebDataset(Dataset):
     """Shards as webdataset and img2dataset write them: files of one name are one sample, their endings say what of it.
 
-    .jpg, .jpeg, .png or .webp: the picture. .txt: a caption; without it, "caption" in .json (a text, or several).
+    .jpg, .png, .webp and the like: the picture. .txt: a caption; without it, "caption" in .json (a text, or several).
     .cls: the class's number from 0, whose name is a line of classnames.txt beside the shards (or one folder up).
 
     Opening reads the shards' headers and skips what they hold; a limit stops after as many samples.
@@ -52,7 +50,7 @@ class WebDataset(Dataset):
                 break
         endings = {ending for _, _, parts in self._rows for ending in parts}
         if not self._rows:
-            raise InputError(f"{self._shards[0]} and the shards after it hold no pictures (.{', .'.join(_PICTURES)}).")
+            raise InputError(f"{self._shards[0]} and the shards after it hold no pictures (.{', .'.join(PICTURES)}).")
         if "cls" in endings and self.classes is None and not endings & {"txt", "json"}:
             raise InputError(
                 f"the shards beside {self._shards[0]} hold numbers of classes, and no captions: "
@@ -77,13 +75,13 @@ class WebDataset(Dataset):
                     held[ending] = stream.read(size)
         except OSError as error:
             raise ImageError(f"{shard} cannot be read: {error.strerror or error}.", called) from error
-        picture = next(held[ending] for ending in _PICTURES if ending in held)
+        picture = next(held[ending] for ending in PICTURES if ending in held)
         try:
             image = read_image(picture)
         except ImageError as error:
             raise ImageError(str(error).replace("the image in memory", called), called) from error
         try:
-            return Sample(self._keys[index], image, self._targets(held), _captions_of(held))
+            return Sample(self._keys[index], image, self._targets(held), captions(held))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ImageError(f"{called} has a damaged .txt, .json or .cls: {error}.", called) from error
 
@@ -96,17 +94,6 @@ class WebDataset(Dataset):
         return [Target(self.classes[label], label)]
 
 
-def _captions_of(held: dict[str, bytes]) -> list[str]:
-    if "txt" in held:
-        return [held["txt"].decode("utf-8", errors="replace").strip()]
-    if "json" not in held:
-        return []
-    caption = json.loads(held["json"]).get("caption")
-    if caption is None:
-        return []
-    return [str(one).strip() for one in (caption if isinstance(caption, list) else [caption])]
-
-
 def _shards(root: Path, split: str | None) -> list[Path]:
     """The tar files that a folder, a file or a pattern names, by name. Raises InputError where there is none."""
     expected = root / (split or "") / "00000.tar"
@@ -116,9 +103,7 @@ def _shards(root: Path, split: str | None) -> list[Path]:
         found = [path for path in (root / (split or "")).glob("*.tar") if not path.name.startswith(".")]
     else:
         expected = root
-        names = [
-            name for pattern in _braces(str(root)) for name in (glob(pattern) if has_magic(pattern) else [pattern])
-        ]
+        names = [name for pattern in braces(str(root)) for name in (glob(pattern) if has_magic(pattern) else [pattern])]
         found = [Path(name) for name in names]
         absent = next((path for path in found if not path.is_file()), None)
         if absent is not None:
@@ -128,45 +113,19 @@ def _shards(root: Path, split: str | None) -> list[Path]:
     return sorted(found, key=lambda path: (str(path.parent), path.name))
 
 
-def _braces(pattern: str) -> list[str]:
-    """A pattern with a range or a list in braces, written out.
-
-    >>> _braces("a/{08..10}.tar")
-    ['a/08.tar', 'a/09.tar', 'a/10.tar']
-    >>> _braces("{x,y}.tar")
-    ['x.tar', 'y.tar']
-    """
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if span is None:
-        parts = found[1].split(",")
-    else:
-        parts = [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)]
-    return [rest for part in parts for rest in _braces(pattern[: found.start()] + part + pattern[found.end() :])]
-
-
 def _index(shard: Path, room: int | None) -> list[tuple[str, dict[str, _Span]]]:
     """The samples of a shard that hold a picture, at most `room`: each one's name, and where its parts lie."""
     try:
-        with tarfile.open(shard, "r:") as archive:
-            named = ((*_key(member.name), member) for member in archive if member.isfile())
+        with shard.open("rb") as stream:
+            named = ((*sample_name(member.name), member) for member in members(stream))
             groups = groupby((one for one in named if one[0]), key=itemgetter(0))
             samples = ((key, {end: (part.offset_data, part.size) for _, end, part in parts}) for key, parts in groups)
             return list(islice((one for one in samples if _has_picture(one[1])), room))
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (TarError, OSError) as error:
         raise InputError(
             f"{shard} cannot be read as an uncompressed tar ({error}): unpack or fetch it again, or leave it out."
         ) from error
 
 
-def _key(name: str) -> tuple[str, str]:
-    """What a file's sample is called, nothing for a hidden file, and its ending: all from the first dot on."""
-    folder, _, file = name.removeprefix("./").rpartition("/")
-    stem, _, ending = file.partition(".")
-    return (f"{folder}/{stem}" if folder and stem else stem), ending.lower()
-
-
 def _has_picture(parts: dict[str, _Span]) -> bool:
-    return any(ending in parts for ending in _PICTURES)
+    return any(ending in parts for ending in PICTURES)
