@@ -122,11 +122,20 @@ class Completeness(Protocol):
     """`completeness`: how far maps are from adding up to what the score gains over a baseline; captum's delta.
 
     error: |sum A - (S(x) - S(b))|. relative error: that over |S(x) - S(b)|; a map of zeros has 1.
+
+    baseline: what `clipfast eval` takes for b, "mean" (colour), "black" or "blur"; None is the method's own, and the
+        mean colour for a method that has none. `measure` is handed its own.
     """
+
+    baseline: Literal["mean", "black", "blur"] | None = None
 
     name: ClassVar[str] = "completeness"
     source: ClassVar[str] = "Sundararajan et al., ICML 2017, and captum's compute_convergence_delta"
     figures: ClassVar[Mapping[str, str]] = {"error": "lower", "relative error": "lower"}
+
+    def __post_init__(self) -> None:
+        if self.baseline not in (None, "mean", "black", "blur"):
+            raise InputError(f"baseline must be 'mean', 'black', 'blur' or None, not {self.baseline!r}.")
 
     def measure(
         self,

@@ -422,6 +422,19 @@ class Confidence(Protocol):
         clock: Clock | None = None,
     ) -> Columns:
         """Columns of B * P pairs: `drop` and `increase`, in percent; arguments as for `CurvesCosine`."""
+        return self.columns(*self.scores(encode, texts, images, maps, batch=batch, clock=clock))
+
+    def scores(
+        self,
+        encode: Encode,
+        texts: Tensor,
+        images: Tensor,
+        maps: Tensor,
+        *,
+        batch: int = 32,
+        clock: Clock | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The scores (B * P,) of the images and of the images times their maps, whatever `drop` makes of them."""
         clock = clock or Clock()
         started = time.perf_counter()
         b, p = maps.shape[:2]
@@ -430,14 +443,14 @@ class Confidence(Protocol):
         score = cosine(texts)
         pairs = torch.arange(b * p, device=images.device)
 
-        def scores(x: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        def encoded(x: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
             return torch.cat([clock.run(encode, x(part)) for part in rows.split(batch)])
 
-        clean = scores(lambda rows: images[rows], torch.arange(b, device=images.device)).repeat_interleave(p, 0)
-        masked = scores(lambda rows: images[rows // p] * weights[rows][:, None], pairs)
-        columns = self.columns(score(clean, pairs), score(masked, pairs))
+        clean = encoded(lambda rows: images[rows], torch.arange(b, device=images.device)).repeat_interleave(p, 0)
+        masked = encoded(lambda rows: images[rows // p] * weights[rows][:, None], pairs)
+        found = score(clean, pairs), score(masked, pairs)
         clock.total += time.perf_counter() - started
-        return columns
+        return found
 
     def columns(self, before: Tensor, after: Tensor) -> Columns:
         """`drop` and `increase`, in percent, of scores (N,) before and after masking."""

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,13 @@ class Shard:
     explain: Seconds = field(default_factory=Seconds)
     measure: dict[str, Seconds] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+
+    def enter(self, number: int, key: str, texts: Sequence[str], scores: Sequence[float]) -> None:
+        """Add the rows of one sample."""
+        self.keys += [key] * len(texts)
+        self.numbers += [number] * len(texts)
+        self.texts += texts
+        self.scores += scores
 
     def upto(self, stop: int) -> Shard:
         """The same, without the rows of samples from `stop` on."""

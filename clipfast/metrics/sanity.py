@@ -175,7 +175,7 @@ class SanityWordCascade(Protocol):
     alone: bool = False
     seed: int = 0
 
-    name: ClassVar[str] = "sanity/cascade/text"
+    name: ClassVar[str] = "sanity/cascade/words"
     source: ClassVar[str] = SanityCascade.source
     figures: ClassVar[Mapping[str, str]] = {"Spearman": "lower"}
 
@@ -210,10 +210,12 @@ class SanityWordCascade(Protocol):
 class ClassSensitivity(Protocol):
     """`sanity/class_sensitivity`: how alike the maps of a present and of an absent object are.
 
-    side: of the maps for SSIM.
+    side: of the maps for SSIM. seed: of what `clipfast eval` asks for that is absent, other classes of the data set,
+    drawn anew for each image.
     """
 
     side: int = 224
+    seed: int = 0
 
     name: ClassVar[str] = "sanity/class_sensitivity"
     source: ClassVar[str] = "our reading of class sensitivity: Nie et al., ICML 2018; Adebayo et al., NeurIPS 2018"
@@ -226,6 +228,10 @@ class ClassSensitivity(Protocol):
         """
         x = inputs(explainer, images)
         there, away = (explainer(x, texts, pairs=True).maps for texts in (present, absent))
+        return self.columns(there, away)
+
+    def columns(self, there: Maps, away: Maps) -> Columns:
+        """Columns of B * P pairs, from the maps (B, P, h, w) of what is present and of what is absent."""
         return dict(zip(self.figures, likeness(there, away, self.side), strict=True))
 
 

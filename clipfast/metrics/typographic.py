@@ -8,17 +8,18 @@ that says "iPod" for one; MGA-CLIP explains such images. Plate, place and measur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from clipfast.api import Explainer
+from clipfast.api import Explainer, Texts
 from clipfast.data.images import read_image
 from clipfast.errors import InputError
+from clipfast.metrics.base import Columns, Protocol
 from clipfast.results import Attribution
 
 _INK, _PLATE = (16, 16, 20), (250, 250, 250)
@@ -60,8 +61,7 @@ def paste_word(
     """
     if not word.strip():
         raise InputError("the word to paste is empty.")
-    if not 0 < width <= 1 or not all(0 <= v <= 1 for v in at):
-        raise InputError(f"at={at} and width={width} are shares of the image, between 0 and 1.")
+    _check_plate(at, width)
     wide = round(width * image.width)
     size = wide
     while size > 4 and _extent(word, size)[0] > 0.88 * wide:
@@ -110,6 +110,63 @@ def typographic(
         area=torch.stack([_share(mask, box) for mask, box in zip(seen, boxes, strict=True)]),
         boxes=boxes,
     )
+
+
+@dataclass(frozen=True)
+class PastedWord(Protocol):
+    """`typographic`: what is left on an image of the maps of what it shows, once something else is written on it.
+
+    word: what is written; None: the name of a class that the image does not show, drawn by its number in the data set.
+    at, width: of the plate, as `paste_word` takes them. seed: of the draws.
+
+    share before, share after: of each map's positive attribution, inside the plate's pixels. score moved: the score
+    after less that before, which is the model's alone and the same for all methods.
+    """
+
+    word: str | None = None
+    at: tuple[float, float] = (0.5, 0.82)
+    width: float = 0.5
+    seed: int = 0
+
+    name: ClassVar[str] = "typographic"
+    source: ClassVar[str] = "our reading of MGA-CLIP's experiment; Goh et al., Distill 2021"
+    figures: ClassVar[Mapping[str, str]] = {"share before": "lower", "share after": "lower", "score moved": "higher"}
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.at, tuple) or len(self.at) != 2:
+            raise InputError(f"at must be two shares of the image, across and down, not {self.at!r}.")
+        if self.word is not None and not (isinstance(self.word, str) and self.word.strip()):
+            raise InputError(f"word must be a word to paste, or None, not {self.word!r}.")
+        _check_plate(self.at, self.width)
+
+    def measure(
+        self, explainer: Explainer, image: Image.Image, texts: Texts, word: str | None, maps: Tensor, scores: Tensor
+    ) -> Columns:
+        """Columns of P pairs: the figures and `area`, the plate's share of what the model sees.
+
+        texts: P of them. maps (P, H, W), scores (P,): those of the clean image, on its own pixels. NaN where there is
+        no word, or it cannot be written on an image so small.
+
+        Raises as the explainer does.
+        """
+        columns = {name: torch.full((len(maps),), torch.nan, dtype=torch.float64) for name in (*self.figures, "area")}
+        try:
+            pasted, box = paste_word(image, word or "", self.at, self.width)
+        except InputError:
+            return columns
+        after = explainer(pasted, texts)
+        found = (
+            _share(maps, box),
+            _share(after.resize(0), box),
+            after.scores[0] - scores,
+            _share(_seen(after, 0), box).expand(len(maps)),
+        )
+        return {name: values.double().cpu() for name, values in zip(columns, found, strict=True)}
+
+
+def _check_plate(at: tuple[float, float], width: float) -> None:
+    if not 0 < width <= 1 or not all(0 <= v <= 1 for v in at):
+        raise InputError(f"at={at} and width={width} are shares of the image, between 0 and 1.")
 
 
 def _extent(word: str, size: int) -> tuple[float, float]:

@@ -143,7 +143,7 @@ class WordCurvesCosine(Curves):
 
     steps: int = 10
 
-    name: ClassVar[str] = "deletion+insertion/cosine/text"
+    name: ClassVar[str] = "deletion+insertion/words"
     source: ClassVar[str] = "Zhao et al., Grad-ECLIP, ICML 2024, with the cosine as score"
 
     def measure(
@@ -252,7 +252,7 @@ class WordConfidence(Protocol):
 
     drop: Literal["absolute", "relative"] = "absolute"
 
-    name: ClassVar[str] = "confidence/text"
+    name: ClassVar[str] = "confidence/words"
     source: ClassVar[str] = "Wang et al., M2IB, NeurIPS 2023"
     figures: ClassVar[Mapping[str, str]] = {"drop": "lower", "increase": "higher"}
 

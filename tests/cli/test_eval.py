@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from clipfast.metrics.evaluate import DEFAULT_METHODS, DEFAULT_PROTOCOLS, Evaluator
+from clipfast.metrics.chosen import DEFAULT_METHODS, DEFAULT_PROTOCOLS
+from clipfast.metrics.evaluate import Evaluator
 from clipfast.metrics.evaluation import Evaluation
 from clipfast.metrics.registry import PROTOCOLS, build_protocol
 
