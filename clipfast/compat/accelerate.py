@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
+from torch import nn
+
 from clipfast.compat.replay import Replay, replaying
 from clipfast.errors import InputError, nearest
 from clipfast.models.load import load
+from clipfast.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,13 @@ def accelerate(*libraries: str, model: Any) -> Iterator[tuple[Replay, ...]]:
     Raises InputError for an unknown library, one that is not installed and one that is built differently from what is
     known; ModelError for a model that has no vision transformer.
     """
-    chosen = [_library(name) for name in libraries or _installed()]
+    chosen = [library(name) for name in libraries or _installed()]
     models = [load(one) for one in (model if isinstance(model, list | tuple) else [model])]
     with ExitStack() as stack:
-        found = tuple(stack.enter_context(_stand_in(Replay(one))) for one in models)
-        for library in chosen:
-            for kind in library.classes():
-                for name in library.methods:
+        found = tuple(stack.enter_context(standing_in(Replay(one))) for one in models)
+        for one in chosen:
+            for kind in one.classes():
+                for name in one.methods:
                     if name in vars(kind):
                         stack.enter_context(_wrap(kind, name))
         yield found
@@ -120,7 +123,24 @@ def _installed() -> list[str]:
     return found
 
 
-def _library(name: str) -> Library:
+def replay_of(forward: Any) -> Replay | None:
+    """A stand-in for the tower of the one CLIP that a forward function holds; None where it is or holds none.
+
+    forward: a clipfast model, or a module that is or contains an open_clip or OpenAI CLIP. Raises InputError where it
+    contains several.
+    """
+    if isinstance(forward, Model):
+        return Replay(forward)
+    found = [m for m in forward.modules() if hasattr(m, "visual")] if isinstance(forward, nn.Module) else []
+    if len(found) > 1:
+        raise InputError(
+            f"{type(forward).__name__} holds {len(found)} CLIPs: use clipfast.accelerate and name the model."
+        )
+    return Replay(load(found[0])) if found else None
+
+
+def library(name: str) -> Library:
+    """A known library, imported. Raises InputError for an unknown one, and for one that is not installed."""
     known = LIBRARIES.get(name.replace("-", "_"))
     if known is None:
         raise InputError(f"there is no library {name!r} to accelerate: {nearest(name, LIBRARIES)}")
@@ -132,7 +152,7 @@ def _library(name: str) -> Library:
 
 
 @contextmanager
-def _stand_in(replay: Replay) -> Iterator[Replay]:
+def standing_in(replay: Replay) -> Iterator[Replay]:
     """Let `replay` be its tower's forward; where one is already, that one stays."""
     visual = replay.visual
     with _lock:
@@ -156,6 +176,16 @@ def _stand_in(replay: Replay) -> Iterator[Replay]:
                     del visual.forward
                 else:
                     visual.forward = entry[2]
+
+
+@contextmanager
+def running(replay: Replay | None) -> Iterator[None]:
+    """Let `replay` stand in for what this thread runs; nothing is changed for None."""
+    with ExitStack() as stack:
+        if replay is not None:
+            stack.enter_context(standing_in(replay))
+            stack.enter_context(replaying())
+        yield
 
 
 @contextmanager
@@ -188,6 +218,7 @@ def _replayed(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _subclasses(kind: type) -> list[type]:
     found: list[type] = []
-    for sub in kind.__subclasses__():
+    subs: list[type] = kind.__subclasses__()
+    for sub in subs:
         found += [sub, *_subclasses(sub)]
     return found

@@ -74,6 +74,7 @@ class Replay:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
         self._tower: ImageTower | None = None
+        self._reason: tuple[str | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not is_replaying() or len(args) != 1 or kwargs or not self._fits(args[0]):
@@ -91,6 +92,12 @@ class Replay:
         return _own_forward, (self.visual,)
 
     def why_not(self) -> str | None:
+        """The reason why this cannot stand in, or None; found out once."""
+        if self._reason is None:
+            self._reason = (self._tried(),)
+        return self._reason[0]
+
+    def _tried(self) -> str | None:
         """Why this cannot stand in for the tower's own forward, tried on one image, its value and input gradient."""
         tower, _ = self.model.towers()
         x = torch.randn(1, 3, *self._size(tower), generator=torch.Generator().manual_seed(0))
