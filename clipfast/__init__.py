@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clipfast.api import Explainer, explain
     from clipfast.compat.accelerate import accelerate
+    from clipfast.engine.ask import ask
     from clipfast.engine.reader import open_run
     from clipfast.engine.run import run
     from clipfast.errors import (
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "api": ("Explainer", "explain"),
     "compat.accelerate": ("accelerate",),
+    "engine.ask": ("ask",),
     "engine.reader": ("open_run",),
     "engine.run": ("run",),
     "errors": ("BackendError", "ClipfastError", "ImageError", "InputError", "ModelError", "OutputError", "TextError"),
@@ -54,10 +56,12 @@ __all__ = [
     "TextError",
     "Words",
     "accelerate",
+    "ask",
     "backend",
     "explain",
     "load",
     "open_run",
+    "run",
 ]
 
 

@@ -244,9 +244,10 @@ def _watch(stack: ExitStack, out: Path) -> Watch:
                 return
             counts = [shard.images for shard in todo]
             known = sum(count for count in counts if count is not None)
-            self.images = stack.enter_context(  # type: ignore[method-assign]
-                progress("explaining", None if None in counts else known, self._detail)
-            )
+            self.advance = stack.enter_context(progress("explaining", None if None in counts else known, self._detail))
+
+        def images(self, finished: int) -> None:
+            self.advance(finished)
 
         def shard(self, totals: Totals) -> None:
             self.totals = totals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,13 +15,13 @@ from clipfast.engine.local import Outcome
 from clipfast.engine.work import Job, Worker
 from clipfast.errors import InputError
 
-Engine = Callable[[Job, Sequence[Shard], Callable[[], bool], Callable[[int], None]], Iterator[Outcome]]
+Engine = Callable[[Job, Sequence[Shard], Callable[[], bool], Callable[[int], None]], Generator[Outcome]]
 """Computes shards: (job, shards, whether to stop, called with images as they are finished) -> each with its outcome."""
 
 
 def in_process(
     worker: Worker, shards: Sequence[Shard], stop: Callable[[], bool], progress: Callable[[int], None]
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Shards one after the other, by a worker of this process."""
     for shard in shards:
         if stop():

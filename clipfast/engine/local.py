@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -42,7 +42,7 @@ def local_workers(
     attempts: int = 3,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], None] = lambda images: None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Each shard with its marker, or the exception that it raised, in the order in which they end.
 
     starts: one for each process, called in it once; what it returns computes one shard at a time. Must pickle.

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +50,7 @@ def ray_job(
     cpus: float = 1,
     gpus: float | None = None,
     address: str | None = None,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """The shards of a job, computed by a Ray cluster: an engine for `run`.
 
     Every machine must reach the job's images, model and folder under the same names. workers, cpus, gpus, address, and
@@ -85,7 +85,7 @@ def ray_workers(
     attempts: int = 3,
     patience: float = 120,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Outcome]:
+) -> Generator[Outcome]:
     """Each shard with what became of it, in the order in which they end: the worker's marker, or why there is none.
 
     start: called once in each worker (a Ray actor) with its share of GPUs; computes one shard at a time. Must pickle.

@@ -170,15 +170,15 @@ def run_job(
     job = replace(job, digest=config.digest, precision=_resolved(job.precision, config.dtype))
     if dry:
         own = [shard for shard in listed if shard.number % part[1] == part[0]]
-        done = sum(1 for _ in folder.done(own, config.digest))
-        return estimate(job, explainer, own, done, max(1, len(devices))).to_json()
+        there = sum(1 for _ in folder.done(own, config.digest))
+        return estimate(job, explainer, own, there, max(1, len(devices))).to_json()
     with Stop(watch) as stop, folder.working(part, config, overwrite=overwrite):
         if not whole:
             listed = folder.longer(listed, config.digest)
         own = [shard for shard in listed if shard.number % part[1] == part[0]]
         folder.clear(own)
         totals, fresh = Totals(), Totals()
-        done = set()
+        done: set[str] = set()
         for marker in folder.done(own, config.digest):
             if not (retry_errors and marker["errors"]):
                 totals.add(marker)
@@ -230,7 +230,7 @@ def run_job(
 def check(job: Job, part: Part, max_error_rate: float) -> None:
     """Raises InputError for what can be seen to be wrong before a model is loaded."""
     pyarrow()
-    build_method(job.method, job.parameters)
+    build_method(job.method, dict(job.parameters))
     map_codec(job.maps)
     if job.features is not None:
         feature_codec(job.features)

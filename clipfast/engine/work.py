@@ -76,7 +76,7 @@ class Job:
     def config(self, explainer: Explainer) -> RunConfig:
         """What the run's files depend on, given the explainer that will make them."""
         model: Model = explainer.model
-        method = build_method(self.method, self.parameters)
+        method = build_method(self.method, dict(self.parameters))
         return RunConfig(
             source=self.source.config(),
             prompts=self.prompts.config(),

@@ -9,8 +9,9 @@ from typing import Any
 
 from clipfast.methods import METHODS
 from clipfast.metrics.evaluate import Example
-from clipfast.metrics.evaluation import Evaluation, versions
+from clipfast.metrics.evaluation import Evaluation
 from clipfast.metrics.registry import entry_of
+from clipfast.versions import versions
 from clipfast.view.scoreboard import Board, Cell, Column, Lines, Shown, write_scoreboard
 
 _NOTE = (
@@ -59,7 +60,7 @@ def write_page(
                 for name, own in found.methods.items()
             ],
         },
-        versions=versions(),
+        versions=versions("opencv-python-headless"),
         failures=found.errors,
     )
     return write_scoreboard(path, board)
@@ -103,7 +104,8 @@ def _cells(found: Evaluation, method: str, columns: Sequence[tuple[str, int]]) -
         if protocol in found.tables[method]:
             one = found.figures(method, protocol)[number]
             best = method in found.best(protocol, number)
-            cells[place] = Cell(one.value, one.error, one.low, one.high, one.count, best)
+            apart = method not in found.compared(protocol)
+            cells[place] = Cell(one.value, one.error, one.low, one.high, one.count, best, apart)
     return cells
 
 
