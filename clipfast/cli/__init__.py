@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from clipfast.cli.ask import ask
 from clipfast.cli.demo import demo
 from clipfast.cli.doctor import doctor
 from clipfast.cli.eval import evaluate
@@ -20,6 +21,7 @@ app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode="rich", p
 for command in (explain, words, demo):
     app.command()(command)
 app.command()(run)
+app.command()(ask)
 app.command("eval")(evaluate)
 for listing in (models, methods, doctor):
     app.command()(listing)
