@@ -80,27 +80,26 @@ def __getattr__(name: str) -> Any:
     return globals().setdefault(name, _faster(getattr(captum.attr, name)))
 
 
-def _faster(kind: type) -> type:
+def _faster(kind: Any) -> type:
     """A captum class that takes clipfast models for forward functions, and whose `attribute` runs the stand-in."""
+    original = kind.attribute
 
-    def __init__(self: Any, forward_func: Any, *args: Any, **kwargs: Any) -> None:
-        self._replay = replay_of(forward_func)
-        if isinstance(forward_func, Model):
-            forward_func = forward_func.module.encode_image
-        super(found, self).__init__(forward_func, *args, **kwargs)
+    class Faster(kind):  # type: ignore[misc]
+        def __init__(self, forward_func: Any, *args: Any, **kwargs: Any):
+            self._replay = replay_of(forward_func)
+            if isinstance(forward_func, Model):
+                forward_func = forward_func.module.encode_image
+            super().__init__(forward_func, *args, **kwargs)
 
-    original: Any = kind.attribute  # type: ignore[attr-defined]
+        def attribute(self, *args: Any, **kwargs: Any) -> Any:
+            return replayed(self, *args, **kwargs)
 
     def replayed(self: Any, *args: Any, **kwargs: Any) -> Any:
         with running(self._replay):
             return original(self, *args, **kwargs)
 
-    def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return replayed(self, *args, **kwargs)
-
     # captum's classes, NoiseTunnel above all, call one another through `__wrapped__`.
-    functools.update_wrapper(attribute, original).__wrapped__ = replayed  # type: ignore[attr-defined]
-
-    found = type(kind.__name__, (kind,), {"__init__": __init__, "attribute": attribute, "__doc__": kind.__doc__})
-    found.__module__ = __name__
-    return found
+    functools.update_wrapper(Faster.attribute, original).__wrapped__ = replayed
+    Faster.__name__ = Faster.__qualname__ = kind.__name__
+    Faster.__doc__ = kind.__doc__
+    return Faster

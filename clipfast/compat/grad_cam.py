@@ -13,6 +13,7 @@ GradECLIP is one more class of the same kind, whose layers need no naming.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -117,33 +118,34 @@ def __getattr__(name: str) -> Any:
     return globals().setdefault(name, _faster(getattr(pytorch_grad_cam, name)))
 
 
-def _faster(kind: type) -> type:
+def _faster(kind: Any) -> type:
     """A class of the library around the stand-in for the model's tower."""
 
-    def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        self._replay = replay_of(model)
-        super(found, self).__init__(model, *args, **kwargs)
+    class Faster(kind):  # type: ignore[misc]
+        def __init__(self, model: Any, *args: Any, **kwargs: Any):
+            self._replay = replay_of(model)
+            super().__init__(model, *args, **kwargs)
 
-    def forward(self: Any, input_tensor: Tensor, targets: Targets, eigen_smooth: bool = False) -> np.ndarray:
-        _one_an_image(targets, input_tensor)
-        with running(self._replay):
-            if targets is None:
-                # The library asks numpy, which knows no bfloat16.
-                with torch.no_grad():
-                    best = self.model(input_tensor.to(self.device)).argmax(-1).tolist()
-                targets = [lambda row, b=b: row[b] for b in best]
-            return super(found, self).forward(input_tensor, targets, eigen_smooth)  # type: ignore[misc]
+        def forward(self, input_tensor: Tensor, targets: Targets, eigen_smooth: bool = False) -> np.ndarray:
+            _one_an_image(targets, input_tensor)
+            with running(self._replay):
+                if targets is None:
+                    # The library asks numpy, which knows no bfloat16.
+                    with torch.no_grad():
+                        best = self.model(input_tensor.to(self.device)).argmax(-1).tolist()
+                    targets = [operator.itemgetter(number) for number in best]
+                found: np.ndarray = super().forward(input_tensor, targets, eigen_smooth)
+                return found
 
-    def compute_cam_per_layer(self: Any, *args: Any) -> Any:
-        kept = self.activations_and_grads
-        kept.activations = [a.float() for a in kept.activations]
-        kept.gradients = [g.float() for g in kept.gradients]
-        return super(found, self).compute_cam_per_layer(*args)  # type: ignore[misc]
+        def compute_cam_per_layer(self, *args: Any) -> Any:
+            kept = self.activations_and_grads
+            kept.activations = [a.float() for a in kept.activations]
+            kept.gradients = [g.float() for g in kept.gradients]
+            return super().compute_cam_per_layer(*args)
 
-    own = {"__init__": __init__, "forward": forward, "compute_cam_per_layer": compute_cam_per_layer}
-    found = type(kind.__name__, (kind,), {**own, "__doc__": kind.__doc__})
-    found.__module__ = __name__
-    return found
+    Faster.__name__ = Faster.__qualname__ = kind.__name__
+    Faster.__doc__ = kind.__doc__
+    return Faster
 
 
 def _one_an_image(targets: Targets, x: Tensor) -> None:
