@@ -106,6 +106,8 @@ def _prompts(images: Sequence[str] | None, texts: Sequence[str] | None, file: Pa
     """The texts of -t and --texts. Raises InputError, with the command as it should be, where there are none."""
     found = list(texts or [])
     if file is not None:
+        from clipfast.engine.texts import read_texts
+
         found += read_texts(file)
     if found:
         if not images:
@@ -121,22 +123,6 @@ def _prompts(images: Sequence[str] | None, texts: Sequence[str] | None, file: Pa
     example = " ".join(shlex.quote(word) for word in rest[:3])
     wanted = " ".join(f"-t {shlex.quote(word)}" for word in (stray or ["a dog"])[:3])
     raise TextError(f"say what to look for with at least one -t, for example: clipfast explain {example} {wanted}")
-
-
-def read_texts(file: Path) -> list[str]:
-    """The lines of a text file that are not blank; "-" is stdin. Raises TextError where there are none."""
-    try:
-        content = typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise TextError(f"--texts {file}: there is no such file; it should hold one text a line.") from None
-    except IsADirectoryError:
-        raise TextError(f"--texts {file} is a folder: name a file with one text a line.") from None
-    except UnicodeDecodeError:
-        raise TextError(f"--texts {file} is not UTF-8 text: it should hold one text a line.") from None
-    lines = [line.strip() for line in content.splitlines() if line.strip()]
-    if not lines:
-        raise TextError(f"--texts {file} holds no text: it should hold one a line.")
-    return lines
 
 
 def _explain(explainer: Explainer, images: list[Path], prompts: list[str], wanted: bool | None) -> Attribution:

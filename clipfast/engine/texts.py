@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from clipfast.data.places import read_bytes
+from clipfast.data.places import MissingError, read_bytes
 from clipfast.engine.base import Item
 from clipfast.engine.listing import CAPTION
 from clipfast.errors import ImageError, InputError, TextError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from clipfast.api import Explainer
     from clipfast.metrics.zero_shot import Templates
 
@@ -164,10 +164,12 @@ def read_texts(file: str | Path) -> list[str]:
     """
     try:
         content = sys.stdin.read() if str(file) == "-" else read_bytes("", str(file)).decode("utf-8-sig")
+    except MissingError:
+        raise TextError(f"--texts {file}: there is no such file; it should hold one text a line.") from None
+    except ImageError as error:
+        raise TextError(f"--texts: {str(error).rstrip('.')}; it should hold one text a line.") from error
     except UnicodeDecodeError:
         raise TextError(f"--texts {file} is not UTF-8 text: it should hold one text a line.") from None
-    except ImageError as error:
-        raise TextError(f"--texts: {error}") from error
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     if not lines:
         raise TextError(f"--texts {file} holds no text: it should hold one a line.")
