@@ -187,7 +187,12 @@ def exact(t: Tensor) -> Tensor:
 
 
 def choice(method: Any, name: str, *allowed: Any) -> None:
-    """Raises InputError unless the parameter `name` is one of `allowed`."""
+    """Raises InputError unless the parameter `name` is one of `allowed`.
+
+    Written none, as on a command line, arrives as None: it becomes "none" where that is a choice and None is not.
+    """
+    if getattr(method, name) is None and "none" in allowed and None not in allowed:
+        object.__setattr__(method, name, "none")
     if getattr(method, name) not in allowed:
         choices = ", ".join(repr(a) for a in allowed if a is not None)
         raise InputError(
