@@ -142,7 +142,7 @@ class _Pool:
         for _ in range(count):
             self._add()
 
-    def run(self, waiting: deque[tuple[Shard, int]], attempts: int, stop: Callable[[], bool]) -> Iterator[Outcome]:
+    def run(self, waiting: deque[tuple[Shard, int]], attempts: int, stop: Callable[[], bool]) -> Generator[Outcome]:
         seen = time.monotonic()
         while True:
             if stop():
