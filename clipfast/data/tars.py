@@ -20,8 +20,11 @@ class TarError(InputError):
     """A tar file that ends, or is damaged, before its last member is over; what came before is good."""
 
 
-def members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
+def members(stream: BinaryIO, *, ended: bool = False) -> Iterator[tarfile.TarInfo]:
     """The regular files of an uncompressed tar in order; only headers are read, and nothing is unpacked.
+
+    ended: insist on the zeros that end an archive, which not all programs write: without them it may have been cut
+    between two members.
 
     Raises TarError where the archive is cut or damaged, with the byte, after what lies whole before it.
     """
@@ -48,6 +51,8 @@ def members(stream: BinaryIO) -> Iterator[tarfile.TarInfo]:
             block = stream.read(tarfile.BLOCKSIZE)
             if block.strip(b"\0") or 0 < len(block) < tarfile.BLOCKSIZE:
                 raise TarError(f"it is cut or damaged at byte {at:,} of {size:,}")
+            if ended and not block:
+                raise TarError(f"it is cut: byte {size:,} is the last, and there are no zeros that end an archive")
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, TarError):
             raise

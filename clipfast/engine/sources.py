@@ -133,6 +133,9 @@ def _named(
     for name in names:
         kinds.setdefault(_kind(name), []).append(name)
     kind = next((kind for kind in _ORDER if kind in kinds), "")
+    unlisted = [name for name in names if name.endswith("/")] if called == "folder" else []
+    if unlisted and kind != "image":
+        raise InputError(f"{joined(root, unlisted[0])} cannot be listed.")
     found = kinds.get(kind, [])
     if kind == "image" and "tar" in kinds:
         raise InputError(
@@ -155,7 +158,7 @@ def _named(
     if not kind and not (len(names) == 1 and joined(root, names[0]) == place):
         raise InputError(_nothing(place, root, names))
     _only_captions(place, wanted)
-    return Files(called, place, root, listing, wanted, Listing(found or names))
+    return Files(called, place, root, listing, wanted, Listing(sorted([*found, *unlisted]) if kind else names))
 
 
 def _nothing(place: str, root: str, names: list[str]) -> str:

@@ -125,7 +125,7 @@ def _grouped(stream: BinaryIO, endings: frozenset[str] | set[str]) -> Iterator[_
     """
     current, held = "", dict[str, bytes | int]()
     damage: TarError | None = None
-    archive = members(stream)
+    archive = members(stream, ended=True)
     while damage is None:
         try:
             member = next(archive, None)
