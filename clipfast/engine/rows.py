@@ -98,7 +98,8 @@ class RowFile:
             with suppress(OSError):
                 self._writer.close()
         for path in (self._part, *((self.place,) if self.published else ())):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         arrow, parquet = pyarrow()

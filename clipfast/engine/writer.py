@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import queue
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -149,7 +151,7 @@ class ShardWriter:
             yield
         except OSError as error:
             self.abort()
-            reason = error.strerror or str(error)
+            reason = os.strerror(error.errno) if error.errno else str(error)
             raise OutputError(
                 f"shard {self.shard} cannot be written to {self.folder}: {reason}.", full=error.errno in _FULL
             ) from error
@@ -158,20 +160,24 @@ class ShardWriter:
             raise
 
     def _work(self) -> None:
+        # Taken to the end even after an error, so that nobody waits for room in the queue.
+        while (batch := self._queue.get()) is not None:
+            if self._error is None and not self._stopped:
+                self._attempt(partial(self._write, batch))
+        if self._error is None and not self._stopped:
+            self._attempt(self._close)
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        started = time.perf_counter()
         try:
-            while (batch := self._queue.get()) is not None:
-                if not self._stopped:
-                    started = time.perf_counter()
-                    self._write(batch)
-                    self._seconds += time.perf_counter() - started
-            if not self._stopped:
-                self._maps.close()
-                self._features.close()
+            step()
         except BaseException as error:
             self._error = error
-            # So that nobody waits for room in the queue.
-            while self._queue.get() is not None:
-                pass
+        self._seconds += time.perf_counter() - started
+
+    def _close(self) -> None:
+        self._maps.close()
+        self._features.close()
 
     def _write(self, batch: Explained) -> None:
         maps, features = self._codecs
