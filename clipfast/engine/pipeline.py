@@ -332,7 +332,7 @@ class _Shard:
             arrays = {name: values[kept] for name, values in arrays.items()}
         seats = [answer.seats[i] for i in kept]
         maps = arrays["maps"]
-        every = np.broadcast_to(np.arange(maps.shape[1]), maps.shape[:2])
+        every = np.tile(np.arange(maps.shape[1]), (len(maps), 1))
         batch = Explained(
             keys=[seat.key for seat in seats],
             geometries=[seat.prepared.geometry for seat in seats if seat.prepared is not None],
