@@ -20,6 +20,7 @@ from clipfast import api
 from clipfast.errors import ImageError, InputError, ModelError, TextError
 from clipfast.methods import METHODS
 from clipfast.methods.base import Explained, Method
+from clipfast.methods.grad_eclip import GradEclip
 from clipfast.models import tower
 
 TEXTS = ["a dog", "a red car", "two small birds on a wire"]
@@ -112,6 +113,80 @@ def test_features_give_the_maps_of_any_text(model, tmp_path, parameters):
     assert stored.geometries == features.geometries
     with pytest.raises(TextError, match="pass embeddings"):
         stored.maps(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("grad_eclip", {}), ("grad_eclip", {"layers": 2}), ("clip_surgery", {}), ("rollout", {}), ("tclip", {"views": 9})],
+)
+def test_a_batch_can_be_asked_as_often_as_wanted(model, method, parameters):
+    x = torch.randn(4, 3, 64, 64)
+    explainer = clipfast.Explainer(model, method, **parameters)
+    out = explainer(x, TEXTS)
+    shown, asked = explainer.batch(x), explainer.asks(TEXTS)
+    assert len(shown) == 4 and shown.grid == tuple(out.maps.shape[-2:]) == explainer.grid
+    torch.testing.assert_close(shown.maps(asked), out.maps, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(shown.scores(asked), out.scores)
+    # Of each image two texts of its own, in its own order, and then one.
+    numbers = torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1]])
+    some, scores = shown.maps(asked, numbers), shown.scores(asked, numbers)
+    single = shown.maps(asked, numbers[:, :1])
+    for i, row in enumerate(numbers.tolist()):
+        torch.testing.assert_close(some[i], explainer(x[i], [TEXTS[j] for j in row]).maps[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(scores[i], out.scores[i, row])
+        torch.testing.assert_close(single[i], explainer(x[i], TEXTS[row[0]]).maps[0], rtol=1e-4, atol=1e-6)
+    embeddings = model.encode_texts(TEXTS)
+    torch.testing.assert_close(shown.maps(explainer.asks(3 * embeddings)), out.maps, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_of_words_states(model):
+    x = torch.randn(3, 3, 64, 64)
+    explainer = clipfast.Explainer(model, "tclip", aggregate="max")
+    shown, asked = explainer.batch(x), explainer.asks(TEXTS)
+    numbers = torch.tensor([[2, 0], [0, 1], [1, 1]])
+    out = explainer(x, TEXTS)
+    torch.testing.assert_close(shown.maps(asked), out.maps)
+    torch.testing.assert_close(shown.maps(asked, numbers), out.maps[torch.arange(3)[:, None], numbers])
+    torch.testing.assert_close(shown.scores(asked, numbers), out.scores[torch.arange(3)[:, None], numbers])
+
+
+def test_a_batch_runs_the_tower_once_and_maps_come_from_its_features(model, monkeypatch):
+    runs = []
+    image = GradEclip.image
+    monkeypatch.setattr(GradEclip, "image", lambda self, tower, x: runs.append(len(x)) or image(self, tower, x))
+    explainer = clipfast.Explainer(model)
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    shown, asked = explainer.batch(pixels), explainer.asks(TEXTS)
+    before = shown.maps(asked)
+    values, weights = shown.features
+    assert values.shape == (3, 16, 24) and weights.shape == (3, 16) and runs == [3]
+    expected = explainer.features(list(pixels))
+    torch.testing.assert_close(values, expected.values, rtol=1e-4, atol=1e-6)
+    assert torch.equal(shown.maps(asked), expected.maps(TEXTS).maps)
+    torch.testing.assert_close(shown.maps(asked), before, rtol=1e-4, atol=1e-7)
+    assert explainer.batch_size(64, 64) == tower.CPU_TOKENS // 16
+
+
+def test_a_batch_of_what_is_none(model):
+    explainer = clipfast.Explainer(model)
+    for x in (torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.long)):
+        with pytest.raises(InputError, match=r"a batch is \(B, 3, H, W\)"):
+            explainer.batch(x)
+    shown, asked = explainer.batch(torch.zeros(2, 3, 64, 64)), explainer.asks(TEXTS)
+    for numbers in (torch.zeros(3, 1), torch.zeros(2, 0), torch.zeros(2)):
+        with pytest.raises(TextError, match=r"numbers of texts must be \(2, P\)"):
+            shown.maps(asked, numbers.long())
+    # Row by row: what is not finite in one image is none of the others' business.
+    x = torch.randn(3, 3, 64, 64)
+    clean = explainer.batch(x).maps(asked)
+    x[1, 0, 5, 5] = torch.nan
+    dirty = explainer.batch(x)
+    assert torch.equal(dirty.maps(asked)[[0, 2]], clean[[0, 2]])
+    assert dirty.embeddings.isfinite().all(1).tolist() == [True, False, True]
+    explainer.check_weights()
+    explainer.check_features()
+    with pytest.raises(InputError, match="rollout has no attribution features"):
+        clipfast.Explainer(model, "rollout").check_features()
 
 
 def test_features_of_garbage(tmp_path):
