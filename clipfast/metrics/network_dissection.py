@@ -1,6 +1,6 @@
 """Where neurons of an image tower are active, and which labelled thing is there.
 
-    T_k    = the value that neuron k exceeds at `quantile` of all patches of the data set
+    T_k    = what neuron k exceeds at `quantile` of all patches of the data set
     M_k(x) = pixels of picture x where k's map, bilinear between patch centres, exceeds T_k
     IoU    = sum_x |M_k(x) and L_c(x)| / sum_x |M_k(x) or L_c(x)|            L_c(x): the pixels of concept c
 
@@ -129,10 +129,14 @@ class _Highest:
             self.waiting = [self._top()]
 
     def threshold(self, name: str) -> Tensor:
-        """The least value (D,) that no more than the quantile of all values exceeds."""
+        """What the quantile of all values, rounded down, exceeds: (D,), halfway between the two values next to it.
+
+        On one of the values itself, rounding would decide whether pixels beyond the outermost patch centres are active.
+        """
         if not self.count:
             raise InputError(f"{name} has no sample with a mask, and neurons are dissected by masks.")
-        return self._top()[:, int(self.quantile * self.count)]
+        top, at = self._top(), int(self.quantile * self.count)
+        return (top[:, max(at - 1, 0)] + top[:, at]) / 2
 
     def _needed(self) -> int:
         return int(self.quantile * self.pictures * self.patches) + 1

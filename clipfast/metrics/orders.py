@@ -51,9 +51,10 @@ class ByMaps(Order):
         kind, parameters = parse(method)
         self._method = build_method(kind, parameters)
         self._explainer = Explainer(model, kind, precision=precision, **parameters)
+        self.texts = texts
         # Encoded once; a method that reads the words of a text gets it as it stands.
-        encoded = isinstance(texts, Tensor) or self._method.reads_words
-        self.texts = texts if encoded else model.encode_texts(texts, precision)
+        if not isinstance(texts, Tensor) and not self._method.reads_words:
+            self.texts = model.encode_texts(texts, precision)
 
     def maps(self, x: Tensor, labels: Sequence[int], numbers: Sequence[int], split: Split) -> Tensor:
         if max(labels) >= len(self.texts):

@@ -189,11 +189,12 @@ class _Run:
         found = []
         for at, share in enumerate(shares):
             seen = partial(self._seen, order, store, shares, fill, at)
-            found.append([])
-            for seed in self.roar.seeds:
-                name = f"hits-{share:.3f}-{seed}"
-                found[-1].append(store.get(name, partial(self._trained, seen, share, seed))["hits"].double())
-        return [torch.stack(rows) for rows in found]
+            rows = [
+                store.get(f"hits-{share:.3f}-{seed}", partial(self._trained, seen, share, seed))["hits"]
+                for seed in self.roar.seeds
+            ]
+            found.append(torch.stack(rows).double())
+        return found
 
     def _trained(self, seen: Callable[[Split], Encoded], share: float, seed: int) -> Tensors:
         """The hits (N,) of a classifier that was trained on what is seen of the training pictures."""
@@ -258,8 +259,8 @@ class _Run:
         if len({x.shape[2:] for x in seen}) > 1:
             raise InputError("ROAR's pictures must come to one size: choose a preprocessing that crops or squashes.")
         whole = torch.cat(seen) if seen else torch.empty(0, len(shares))
-        found = {f"seen {at}": whole[:, at] for at in range(len(shares))}
-        return {**found, "labels": torch.tensor(labels).long(), "numbers": torch.tensor(rows).long()}
+        by_share = {f"seen {at}": whole[:, at] for at in range(len(shares))}
+        return {**by_share, "labels": torch.tensor(labels).long(), "numbers": torch.tensor(rows).long()}
 
     def _labelled(self, data: Dataset, numbers: range) -> Iterator[tuple[list[int], list[int], Tensor]]:
         """The samples of exactly one class: numbers, labels, and the uint8 pixels (b, 3, H, W) that the model sees."""

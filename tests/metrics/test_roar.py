@@ -78,8 +78,8 @@ def curve(columns: dict[str, Tensor], shares: tuple[float, ...]) -> list[float]:
     return [float(columns[f"accuracy {share:.3f}"].mean()) for share in (0.0, *shares)]
 
 
-def test_perfect_maps_fall_fastest_and_worst_ones_never(model: Model, data) -> None:
-    roar = Roar(shares=(0.13, 0.26, 0.6), seeds=(0,))
+def test_perfect_maps_fall_fastest_and_worst_ones_never(model: Model) -> None:
+    roar, data = Roar(shares=(0.13, 0.26, 0.6), seeds=(0,)), (Planted(60, 0), Planted(45, 1))
     orders = [*(Known(*data, kind) for kind in ("perfect", "half", "worst")), AtRandom()]
     found = {order.name: roar.measure(model, order, *data) for order in orders}
     areas = {name: float(columns["area"].mean()) for name, columns in found.items()}
