@@ -11,16 +11,18 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from clipfast.compat.replay import Replay, replaying
 from clipfast.errors import InputError, nearest
+from clipfast.metrics.road import impute
 from clipfast.models.load import load
 from clipfast.models.model import Model
 
@@ -37,22 +39,53 @@ class Library:
     distribution: str
     roots: tuple[str, ...]
     methods: tuple[str, ...]
+    # By "module:Class.method", what makes a faster method of the one that is there.
+    swaps: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
     def classes(self) -> list[type]:
         """The classes and their subclasses. Raises InputError for a release that is built differently."""
         found: dict[type, None] = {}
         import_module(self.package)
         for root in self.roots:
-            module, _, name = root.partition(":")
-            try:
-                kind = getattr(import_module(module), name)
-            except (ImportError, AttributeError) as error:
-                raise InputError(
-                    f"{self.distribution} {metadata.version(self.distribution)} has no {root}: it is built differently "
-                    "from the releases that clipfast knows, so leave it out of accelerate."
-                ) from error
+            kind = self.named(root)
             found.update(dict.fromkeys([kind, *_subclasses(kind)]))
         return list(found)
+
+    def named(self, path: str) -> Any:
+        """The class of a "module:Class". Raises InputError for a release that has none there."""
+        module, _, name = path.partition(":")
+        try:
+            return getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"{self.distribution} {metadata.version(self.distribution)} has no {path}: it is built differently "
+                "from the releases that clipfast knows, so leave it out of accelerate."
+            ) from error
+
+    def wrappers(self) -> Iterator[tuple[type, str, Callable[[Any], Any]]]:
+        """Each class and method, and what makes a faster one of the one that is there."""
+        for kind in self.classes():
+            for name in self.methods:
+                if name in vars(kind):
+                    yield kind, name, _replayed
+        for path, faster in self.swaps.items():
+            where, _, name = path.rpartition(".")
+            yield self.named(where), name, faster
+
+
+def _imputed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """pytorch-grad-cam's noisy linear imputation of pixels, with the same numbers from the same random state."""
+
+    @functools.wraps(original)
+    def call(self: Any, img: Tensor, mask: Tensor) -> Tensor:
+        gone = mask == 0
+        if img.dtype != torch.float32 or not 0 < int(gone.sum()) < gone.numel():
+            return original(self, img, mask)
+        filled = impute(img, gone)
+        filled[:, gone] += self.noise * torch.randn(len(img), int(gone.sum()))
+        return filled
+
+    return call
 
 
 LIBRARIES = {
@@ -66,6 +99,7 @@ LIBRARIES = {
             "pytorch_grad_cam.metrics.perturbation_confidence:AveragerAcrossThresholds",
         ),
         ("forward", "__call__"),
+        {"pytorch_grad_cam.metrics.road:NoisyLinearImputer.__call__": _imputed},
     ),
     "quantus": Library("quantus", "quantus", ("quantus.metrics.base:Metric",), ("__call__",)),
     "torchcam": Library(
@@ -99,10 +133,8 @@ def accelerate(*libraries: str, model: Any) -> Iterator[tuple[Replay, ...]]:
     with ExitStack() as stack:
         found = tuple(stack.enter_context(standing_in(Replay(one))) for one in models)
         for one in chosen:
-            for kind in one.classes():
-                for name in one.methods:
-                    if name in vars(kind):
-                        stack.enter_context(_wrap(kind, name))
+            for kind, name, faster in one.wrappers():
+                stack.enter_context(_wrap(kind, name, faster))
         yield found
 
 
@@ -189,12 +221,12 @@ def running(replay: Replay | None) -> Iterator[None]:
 
 
 @contextmanager
-def _wrap(kind: type, name: str) -> Iterator[None]:
+def _wrap(kind: type, name: str, faster: Callable[[Any], Any]) -> Iterator[None]:
     with _lock:
         entry = _wrapped.get((kind, name))
         if entry is None:
             entry = _wrapped[kind, name] = [vars(kind)[name], 0]
-            setattr(kind, name, _replayed(entry[0]))
+            setattr(kind, name, faster(entry[0]))
         entry[1] += 1
     try:
         yield

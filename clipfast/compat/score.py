@@ -27,6 +27,8 @@ class Score(nn.Module):
         super().__init__()
         self.model: Model = load(model)
         self.module = self.model.module
+        # Libraries look at the outermost module's mode.
+        self.training = self.module.training
         tower, _ = self.model.towers()
         if isinstance(texts, Tensor):
             embeddings = unit_embeddings(texts, tower.embed_dim, tower.result_dtype, tower.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast.compat import grad_cam as ours
+from clipfast.compat.accelerate import accelerate
 from clipfast.compat.score import Score
 from clipfast.errors import InputError, ModelError
 
@@ -101,6 +102,21 @@ def test_grad_eclip_of_any_function_of_the_scores(score, x):
     for heat, peak in zip(found, peaks.tolist(), strict=True):
         row, column = divmod(peak, 4)
         assert heat[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16].max() > 0.99
+
+
+def test_road_is_the_librarys(score, x):
+    from pytorch_grad_cam.metrics.road import ROADCombined
+
+    cams = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(2)).numpy()
+    score.eval()
+    torch.manual_seed(0)
+    expected = ROADCombined(percentiles=[30, 70])(x, cams, TARGETS, score)
+    torch.manual_seed(0)
+    with accelerate("pytorch_grad_cam", model=score.model) as (replay,):
+        found = ROADCombined(percentiles=[30, 70])(x, cams, TARGETS, score)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    # The check's image, the three images once, and three times four changed ones.
+    assert replay.encoded == 1 + 3 + 12
 
 
 def test_grad_eclip_wants_a_score(build_clip):
