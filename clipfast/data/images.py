@@ -18,7 +18,7 @@ from clipfast.errors import ImageError, InputError
 
 # Only raster formats that Pillow decodes itself: its EPS reader, for one, starts another program on the file's content.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "TGA", "QOI")
-_SUFFIXES = {
+SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".avif", ".jp2", ".j2k", ".tga", ".qoi"),
 }
@@ -76,7 +76,7 @@ def is_image(path: str | Path) -> bool:
     # A million names are asked about: as a Path each would take ten times as long.
     name = path.name if isinstance(path, Path) else path.rpartition("/")[2]
     stem, dot, suffix = name.rpartition(".")
-    return bool(stem) and stem[0] != "." and dot + suffix.lower() in _SUFFIXES
+    return bool(stem) and stem[0] != "." and dot + suffix.lower() in SUFFIXES
 
 
 def read_image(source: str | Path | bytes | Image.Image, *, name: str = "the image in memory") -> Image.Image:

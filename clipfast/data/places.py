@@ -16,6 +16,7 @@ from clipfast.errors import ImageError, InputError
 # No picture is as large; reading one would only fill the memory.
 MAX_BYTES = 2**30
 _URL = re.compile(r"(\w[\w.+-]+::)*[A-Za-z][\w.+-]+://")
+_HIDDEN = re.compile(r"(^|/)\.")
 _SPAN = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -136,7 +137,7 @@ def walk(root: str, wanted: Callable[[str], bool]) -> list[str]:
         found = _listed(root, lambda: system.find(base))
         skip = len(base.rstrip("/")) + 1
         names = [path[skip:] for path in found]
-        return sorted(n for n in names if wanted(n.rpartition("/")[2]) and not re.search(r"(^|/)\.", n))
+        return sorted(n for n in names if wanted(n.rpartition("/")[2]) and not _HIDDEN.search(n))
     names = []
     # (folder, how its files' names begin, where the links on the way to it led)
     waiting: list[tuple[str, str, frozenset[str]]] = [(root, "", frozenset((os.path.realpath(root),)))]
@@ -183,7 +184,9 @@ def matches(pattern: str) -> tuple[str, list[str]]:
         elif is_url(root):
             system, base = _system(root)
             found = _listed(pattern, lambda s=system, b=base, r=rest: s.glob(f"{b.rstrip('/')}/{r}"))  # type: ignore[misc]
-            names.update(path[len(base.rstrip("/")) + 1 :] for path in found)
+            below = [path[len(base.rstrip("/")) + 1 :] for path in found]
+            # As on a disk, where wildcards leave out what is hidden.
+            names.update(name for name in below if _HIDDEN.search(rest) or not _HIDDEN.search(name))
         elif glob.has_magic(rest):
             names.update(glob.iglob(rest, root_dir=root, recursive=True))
         else:

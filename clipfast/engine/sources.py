@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from clipfast.data.images import is_image
+from clipfast.data.images import SUFFIXES, is_image
 from clipfast.data.places import absolute, common, exists, is_folder, is_url, joined, matches, split, walk
 from clipfast.engine.base import Source
 from clipfast.engine.listing import CAPTION, Files, Listing, Wanted
@@ -20,13 +20,15 @@ from clipfast.engine.tables import Tables
 from clipfast.engine.tars import Tars
 from clipfast.errors import InputError
 
-_ENDINGS = {
-    "tar": (".tar",),
-    "table": (".parquet", ".pq", ".arrow", ".feather"),
-    "csv": (".csv", ".tsv"),
-    "list": (".txt", ".list", ".lst"),
-    "compressed": (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4"),
+_KINDS = {
+    **dict.fromkeys(SUFFIXES, "image"),
+    ".tar": "tar",
+    **dict.fromkeys((".parquet", ".pq", ".arrow", ".feather"), "table"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".txt", ".list", ".lst"), "list"),
+    **dict.fromkeys((".tgz", ".tbz2", ".txz"), "compressed"),
 }
+_COMPRESSED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 # What a folder or a pattern is taken for that holds several kinds; tars come with tables of what is in them.
 _ORDER = ("image", "tar", "table", "csv", "list", "compressed")
 _KNOWN = (
@@ -158,7 +160,8 @@ def _named(
     if not kind and not (len(names) == 1 and joined(root, names[0]) == place):
         raise InputError(_nothing(place, root, names))
     _only_captions(place, wanted)
-    return Files(called, place, root, listing, wanted, Listing(sorted([*found, *unlisted]) if kind else names))
+    listed = sorted([*found, *unlisted]) if unlisted else found or names
+    return Files(called, place, root, listing, wanted, Listing(listed))
 
 
 def _nothing(place: str, root: str, names: list[str]) -> str:
@@ -224,9 +227,6 @@ def _only_captions(place: str, wanted: Wanted) -> None:
 
 
 def _kind(name: str) -> str:
-    """What a file is by its name: "image", a key of `_ENDINGS`, or "" for neither."""
-    name = name.rpartition("/")[2]
-    if is_image(name):
-        return "image"
-    lower = name.lower()
-    return next((kind for kind, endings in _ENDINGS.items() if lower.endswith(endings)), "")
+    """What a file is by its suffix: a value of `_KINDS`, or "" for none of them."""
+    kind = _KINDS.get(name[name.rfind(".") :].lower(), "")
+    return "compressed" if not kind and name.lower().endswith(_COMPRESSED) else kind

@@ -138,12 +138,11 @@ class Tables(Source):
                 values = {column: table.values(batch, column) for column in columns}
                 for i, picture in enumerate(table.values(batch, image)):
                     own = {column: cells[i] for column, cells in values.items()}
-                    path = None
-                    if isinstance(picture, dict):
-                        picture, path = picture.get("bytes"), picture.get("path")
-                    if picture:
-                        yield Item("", partial(bytes, picture), own)
+                    record = picture if isinstance(picture, dict) else {"bytes": picture}
+                    data, path = record.get("bytes"), record.get("path")
+                    if data:
+                        yield Item("", partial(bytes, data), own)
                     elif path:
                         yield Item("", partial(read_bytes, split(called)[0], path), own)
                     else:
-                        yield Failure("", "holds no image." if picture is None else "is empty: 0 bytes.")
+                        yield Failure("", "holds no image." if data is None else "is empty: 0 bytes.")

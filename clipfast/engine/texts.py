@@ -36,8 +36,7 @@ class Prompts:
     top: int | None = None
 
     def __post_init__(self) -> None:
-        texts = (self.texts,) if isinstance(self.texts, str) else self.texts
-        object.__setattr__(self, "texts", tuple(dict.fromkeys(text.strip() for text in texts)))
+        object.__setattr__(self, "texts", tuple(dict.fromkeys(text.strip() for text in self.texts)))
         if self.templates is not None and not isinstance(self.templates, str):
             object.__setattr__(self, "templates", tuple(self.templates))
         if "" in self.texts:
@@ -145,9 +144,8 @@ class Prompts:
         """
         assert self.column is not None
         value = item.columns.get(self.column)
-        many = isinstance(value, (list, tuple))
         texts = []
-        for one in value if many else [value]:
+        for one in value if isinstance(value, list | tuple) else [value]:
             if one is not None and not isinstance(one, str):
                 raise TextError(f"{item.key} has {str(one)[:40]!r} as its {_called(self.column)}, which is no text.")
             if one and one.strip():
