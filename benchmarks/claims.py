@@ -26,7 +26,7 @@ def claim(
     at_most: dict[str, float] | None = None,
     against: dict[tuple[str, str], float] | None = None,
     errors: dict[str, float] | None = None,
-    notes: str = "",
+    notes: str | Callable[[], str] = "",
     repeats: int = 7,
     warmup: int = 1,
 ) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def claim(
 
     title: what is claimed, for a reader ("MMEL, pooled, ViT-B/16, 4 images, 100 prompts"). unit: what one of the first
     function is ("Grad-ECLIP of the same call"). at_most: the targets, by function. errors: relative L2 to the float64
-    definition, or to the peer whose numbers are the same, by function. notes: conditions that the title does not say.
+    definition, or to the peer whose numbers are the same, by function. notes: conditions that the title does not say,
+    or what is asked for them after the last round.
     against: targets for ratios of two functions neither of which is the first, (function, other) -> at most.
     """
     timings = paired(functions, repeats, warmup)
@@ -69,7 +70,7 @@ def claim(
         "title": title,
         "unit": unit,
         "rounds": repeats,
-        "notes": notes,
+        "notes": notes if isinstance(notes, str) else notes(),
         "rows": rows,
         "against": pairs,
         "machine": machine(),
