@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -151,7 +151,7 @@ def default_workers(on_gpu: bool) -> int:
 
 def _ahead(
     items: Iterable[Item | Failure], read: Callable[[Item | Failure], _Seat], workers: int, ahead: int
-) -> Iterator[_Seat]:
+) -> Generator[_Seat]:
     """What `read` makes of the items, in their order, by several threads; at most `ahead` at a time.
 
     The items are listed in a thread, too: to find the next one may mean to read a file.
