@@ -22,7 +22,7 @@ from torch import Tensor
 from clipfast.engine.base import Failure
 from clipfast.engine.config import RunConfig
 from clipfast.engine.folder import RunFolder
-from clipfast.engine.stored import FeatureRows, RowReader, Rows, codec_of, embeddings_of, features_of, geometry, rows_of
+from clipfast.engine.stored import FeatureRows, RowReader, Rows, embeddings_of, features_of, geometry, rows_of
 from clipfast.engine.totals import Totals
 from clipfast.engine.writer import FEATURES, SHARDS
 from clipfast.errors import InputError, nearest
@@ -114,7 +114,7 @@ class Run:
         """The same as plain arrays: one row a prompt."""
         shard, number = self._place(image)
         file = self._file(SHARDS, shard)
-        return next(rows_of(file.image(number), codec_of(file.about)))
+        return next(rows_of(file.image(number), file.codec))
 
     def texts(self, rows: Rows) -> list[str]:
         """What each of these rows was asked."""
@@ -128,7 +128,7 @@ class Run:
         for shard in self._with_rows():
             file = self._file(SHARDS, shard)
             for table in file.groups():
-                yield from rows_of(table, codec_of(file.about))
+                yield from rows_of(table, file.codec)
 
     def maps(self, prompt: str | int) -> Iterator[tuple[list[str], np.ndarray]]:
         """The maps of one prompt, by its text or number: keys, and maps (N, h, w) float32, some at a time.
@@ -166,7 +166,7 @@ class Run:
         found = []
         for shard, number in places:
             file = self._feature_file(shard)
-            found.append(next(features_of(file.image(number), codec_of(file.about), file.about["relu"])))
+            found.append(next(features_of(file.image(number), file.codec, file.about["relu"])))
         if len({rows.grid for rows in found}) > 1:
             raise InputError("features of images with different grids cannot be put together: take one at a time.")
         return self.as_features(found, model)
@@ -179,7 +179,7 @@ class Run:
         for shard in self._with_rows():
             file = self._feature_file(shard)
             for table in file.groups():
-                yield from features_of(table, codec_of(file.about), file.about["relu"])
+                yield from features_of(table, file.codec, file.about["relu"])
 
     def embeddings(self) -> Iterator[np.ndarray]:
         """The unit embeddings of all images in order, (N, E) float32 some at a time, without their features.
@@ -276,7 +276,7 @@ class Run:
         if place not in self._files:
             while len(self._files) >= _OPEN:
                 self._files.popitem(last=False)[1].close()
-            self._files[place] = RowReader(self._path(*place))
+            self._files[place] = RowReader(self._path(*place), "maps" if kind == SHARDS else "features")
         self._files.move_to_end(place)
         return self._files[place]
 

@@ -53,9 +53,12 @@ class FeatureRows:
 
 
 class RowReader:
-    """A committed parquet file, opened by one process. Raises InputError where it is missing, damaged or foreign."""
+    """A committed parquet file, opened by one process. Raises InputError where it is missing, damaged or foreign.
 
-    def __init__(self, path: Path):
+    holds: "maps" or "features".
+    """
+
+    def __init__(self, path: Path, holds: str):
         _, parquet = pyarrow()
         self.path = path
         with self._reading():
@@ -63,6 +66,7 @@ class RowReader:
             self.about = json.loads(self._file.schema_arrow.metadata[ABOUT])
             if self.about["format"] != FORMAT:
                 raise ValueError(f"its format is {self.about['format']}, not {FORMAT}")
+            self.codec = (map_codec if holds == "maps" else feature_codec)(self.about[holds])
             groups = [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
         self.starts = np.concatenate(([0], np.cumsum(groups, dtype=np.int64)))
         self._latest: tuple[int, Any] = (-1, None)
@@ -165,11 +169,6 @@ def features_of(table: Any, codec: Codec, relu: str) -> Iterator[FeatureRows]:
             grid=grid,
             relu=relu,
         )
-
-
-def codec_of(about: dict[str, Any]) -> Codec:
-    """The codec that a file says its maps or features were written with."""
-    return map_codec(about["maps"]) if "maps" in about else feature_codec(about["features"])
 
 
 def geometry(row: np.ndarray) -> Geometry:
