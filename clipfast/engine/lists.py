@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, BinaryIO
 
-from clipfast.data.places import is_url, joined, reach, read_bytes, sentence
+from clipfast.data.places import is_url, joined, open_binary, reach, sentence
 from clipfast.engine.listing import CAPTION, Listing, Wanted
 from clipfast.engine.table import Table
 from clipfast.errors import InputError
@@ -19,15 +21,20 @@ _KEYS = ("key", "__key__")
 _READ, _LOOKED_FOR = 4096, 20
 
 
-def text_lines(content: bytes) -> list[str]:
+def text_lines(stream: BinaryIO) -> list[str]:
     """The lines of a list that are not blank; names need not be valid Unicode."""
-    lines = content.decode("utf-8-sig", errors="surrogateescape").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape")
+    lines = [stripped for line in text if (stripped := line.strip())]
+    # Whoever opened it, such as the system its stdin, closes it.
+    text.detach()
+    return lines
 
 
 def read_lines(root: str, name: str, wanted: Wanted) -> Listing:
-    """A text file with one path or address a line. Raises ImageError where it cannot be read."""
-    return Listing(_below(name, text_lines(read_bytes(root, name))))
+    """A text file with one path or address a line. Raises InputError where it cannot be read."""
+    called = joined(root, name)
+    with _reading(called), open_binary(called) as stream:
+        return Listing(_below(name, text_lines(stream)))
 
 
 def read_csv(root: str, name: str, wanted: Wanted) -> Listing:
@@ -38,23 +45,29 @@ def read_csv(root: str, name: str, wanted: Wanted) -> Listing:
     called = joined(root, name)
     names: list[str] = []
     keys: list[str] = []
-    content = read_bytes(root, name).decode("utf-8-sig", errors="surrogateescape")
-    first = content.partition("\n")[0]
-    rows = csv.reader(io.StringIO(content, newline=""), delimiter=max(",\t;", key=first.count))
-    try:
-        header = [cell.strip() for cell in next(rows)]
-        image, key, columns = chosen_columns(called, header, [], wanted)
-        held: dict[str, list[Any]] = {column: [] for column in columns}
-        places = {column: header.index(column) for column in (image, *([key] if key else []), *columns)}
-        for row in filter(None, rows):
-            cells = [cell.strip() for cell in row] if len(row) == len(header) else [""] * len(header)
-            names.append(cells[places[image]])
-            keys.append(cells[places[key or image]] or row_key(name, len(keys)))
-            for column, values in held.items():
-                values.append(cells[places[column]])
-    except csv.Error as error:
-        raise InputError(f"{called} is no table of commas or tabs: {error}, in row {len(names) + 1}.") from error
-    return Listing(_below(name, names), keys, held)
+    with (
+        _reading(called),
+        open_binary(called) as stream,
+        io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as lines,
+    ):
+        first = lines.readline()
+        rows = csv.reader(chain((first,), lines), delimiter=max(",\t;", key=first.count))
+        try:
+            header = [cell.strip() for cell in next(rows)]
+            if not any(header):
+                raise InputError(f"{called} is empty, or begins with a blank line: its first line names the columns.")
+            image, key, columns = chosen_columns(called, header, [], wanted)
+            held: dict[str, list[Any]] = {column: [] for column in columns}
+            places = {column: header.index(column) for column in (image, *([key] if key else []), *columns)}
+            for row in filter(None, rows):
+                cells = [cell.strip() for cell in row] if len(row) == len(header) else [""] * len(header)
+                names.append(cells[places[image]])
+                keys.append(cells[places[key or image]] or row_key(name, len(keys)))
+                for column, values in held.items():
+                    values.append(cells[places[column]])
+        except csv.Error as error:
+            raise InputError(f"{called} is no table of commas or tabs: {error}, in line {rows.line_num}.") from error
+    return Listing(_below(name, names), None if keys == names and "/" not in name else keys, held)
 
 
 def read_paths(root: str, name: str, wanted: Wanted) -> Listing:
@@ -65,24 +78,18 @@ def read_paths(root: str, name: str, wanted: Wanted) -> Listing:
     called = joined(root, name)
     names: list[str] = []
     keys: list[str] = []
-    try:
-        with Table(called) as table:
-            image, key, columns = chosen_columns(called, table.columns(), table.pictures(), wanted)
-            held: dict[str, list[Any]] = {column: [] for column in columns}
-            for batch in table.batches([image, *([key] if key else []), *columns], 0, None, _READ):
-                found = [str(value or "").strip() for value in table.values(batch, image)]
-                own = table.values(batch, key) if key else found
-                for one in own:
-                    keys.append(row_key(name, len(keys)) if one in (None, "") else str(one))
-                names += found
-                for column, values in held.items():
-                    values += table.values(batch, column)
-    except InputError:
-        raise
-    except Exception as error:
-        # pyarrow and each of fsspec's file systems fail in ways of their own.
-        raise InputError(f"{called} cannot be read as a table: {sentence(error)}.") from error
-    return Listing(_below(name, names), keys, held)
+    with _reading(called), Table(called) as table:
+        image, key, columns = chosen_columns(called, table.columns(), table.pictures(), wanted)
+        held: dict[str, list[Any]] = {column: [] for column in columns}
+        for batch in table.batches([image, *([key] if key else []), *columns], 0, None, _READ):
+            found = [str(value or "").strip() for value in table.values(batch, image)]
+            own = table.values(batch, key) if key else found
+            for one in own:
+                keys.append(row_key(name, len(keys)) if one in (None, "") else str(one))
+            names += found
+            for column, values in held.items():
+                values += table.values(batch, column)
+    return Listing(_below(name, names), None if keys == names and "/" not in name else keys, held)
 
 
 def chosen_columns(
@@ -140,6 +147,20 @@ def check(root: str, listing: Listing, called: str) -> Listing:
             f"{called} names files that are not there, the first being {some[0]}: relative paths start at its folder."
         )
     return listing
+
+
+@contextmanager
+def _reading(called: str) -> Iterator[None]:
+    """One sentence for whatever goes wrong while a list is read. Raises InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{called} does not exist.") from None
+    except Exception as error:
+        # pyarrow and each of fsspec's file systems fail in ways of their own.
+        raise InputError(f"{called} cannot be read: {sentence(error)}.") from error
 
 
 def _below(table: str, names: list[str]) -> list[str]:

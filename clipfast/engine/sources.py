@@ -81,7 +81,7 @@ def open_source(
 
 def _one(spec: str, wanted: Wanted) -> Source:
     if spec == "-":
-        return _listed("stdin", absolute("."), partial(Listing, text_lines(sys.stdin.buffer.read())), wanted)
+        return _listed("stdin", absolute("."), partial(Listing, text_lines(sys.stdin.buffer)), wanted)
     if spec.startswith("hf:") and not is_url(spec):
         return open_saved(absolute(spec.removeprefix("hf:")), wanted)
     place = absolute(spec)
