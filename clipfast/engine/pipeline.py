@@ -11,13 +11,10 @@ is, and at the end of the shard all are.
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -30,6 +27,7 @@ from clipfast.api import Explainer
 from clipfast.batch import Batch
 from clipfast.data.decode import decode
 from clipfast.data.inputs import Prepared
+from clipfast.engine.ahead import ahead
 from clipfast.engine.base import Explained, Failure, Item
 from clipfast.engine.texts import Prompts
 from clipfast.errors import ImageError, InputError, TextError
@@ -123,8 +121,8 @@ def explained(
     shard = _Shard(explainer, prompts, features)
     on_gpu = explainer.model.device.type == "cuda"
     workers = workers or default_workers(on_gpu)
-    ahead = max(2 * workers, 2 * (batch or explainer.batch_size(*explainer.spec.size)))
-    with closing(_ahead(items, shard.reader(exact), workers, ahead)) as seats:
+    most = max(2 * workers, 2 * (batch or explainer.batch_size(*explainer.spec.size)))
+    with closing(ahead(items, shard.reader(exact), workers, most)) as seats:
         waiting: deque[_Answer] = deque()
         for found in shard.buckets(_timed(seats, clock), batch):
             if isinstance(found, Failure):
@@ -149,44 +147,6 @@ def default_workers(on_gpu: bool) -> int:
     return cores if on_gpu else max(1, cores // 2)
 
 
-def _ahead(
-    items: Iterable[Item | Failure], read: Callable[[Item | Failure], _Seat], workers: int, ahead: int
-) -> Generator[_Seat]:
-    """What `read` makes of the items, in their order, by several threads; at most `ahead` at a time.
-
-    The items are listed in a thread, too: to find the next one may mean to read a file.
-    """
-    arriving: queue.SimpleQueue[Future[_Seat] | BaseException | None] = queue.SimpleQueue()
-    room, left = threading.Semaphore(ahead), threading.Event()
-
-    def listing() -> None:
-        try:
-            for item in items:
-                room.acquire()
-                if left.is_set():
-                    break
-                arriving.put(pool.submit(read, item))
-            arriving.put(None)
-        except BaseException as error:
-            arriving.put(error)
-
-    with ThreadPoolExecutor(workers, "decode") as pool:
-        lister = threading.Thread(target=listing, name="list", daemon=True)
-        lister.start()
-        try:
-            while (found := arriving.get()) is not None:
-                if isinstance(found, BaseException):
-                    raise found
-                seat = found.result()
-                room.release()
-                yield seat
-        finally:
-            left.set()
-            room.release()
-            lister.join()
-            pool.shutdown(cancel_futures=True)
-
-
 def _timed(seats: Iterator[_Seat], clock: Clock) -> Iterator[_Seat]:
     while True:
         with clock.counts("decode"):
@@ -203,6 +163,7 @@ class _Shard:
         self.explainer, self.prompts, self.features = explainer, prompts, features
         self.shared = None if prompts.column is not None else _shared(explainer, prompts)
         self.upload = _Upload(explainer.model.device)
+        self._overflowed = False
 
     def reader(self, exact: bool) -> Callable[[Item | Failure], _Seat]:
         """An item -> its seat; never raises for an image or its texts."""
@@ -312,10 +273,7 @@ class _Shard:
         if answer.ready is not None:
             answer.ready.synchronize()
         failures: list[Explained | Failure] = []
-        arrays = {
-            name: t.to(torch.float32).numpy() if t.is_floating_point() else t.numpy()
-            for name, t in answer.tensors.items()
-        }
+        arrays = {name: _array(t) for name, t in answer.tensors.items()}
         kept = []
         for i, seat in enumerate(answer.seats):
             if seat.prepared is None:
@@ -346,10 +304,14 @@ class _Shard:
         return [*failures, batch]
 
     def _overflow(self, key: str) -> str:
-        self.explainer.check_weights()
+        """Why an image has no finite answer. Raises ModelError where none can have one."""
+        if not self._overflowed:
+            self.explainer.check_weights()
+            self._overflowed = True
         model = self.explainer.model
         dtype = str(model.towers(self.explainer.precision)[0].dtype).removeprefix("torch.")
-        return f"{key} makes {model.name} overflow in {dtype}: use precision='float32'."
+        instead = "" if dtype == "float32" else ": use precision='float32'"
+        return f"{key} makes {model.name} overflow in {dtype}{instead}."
 
 
 def _array(t: Tensor) -> np.ndarray:

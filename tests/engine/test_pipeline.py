@@ -281,7 +281,7 @@ def test_an_image_that_overflows_costs_itself_alone(explainer, monkeypatch):
 
     monkeypatch.setattr(explainer, "batch", poisoned)
     found, failures = by_key(explained(items, explainer, Prompts(TEXTS), batch=4))
-    reason = "makes CLIP overflow in float32: use precision='float32'."
+    reason = "makes CLIP overflow in float32."
     assert failures == {f"image {i}": f"image {i} {reason}" for i in (2, 8)}
     assert same(found, {key: value for key, value in whole.items() if key not in failures})
 
