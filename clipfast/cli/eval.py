@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +18,10 @@ from clipfast.cli.options import Device, Json, ModelName, Out, Precision, Pretra
 from clipfast.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from clipfast.metrics.calibrate import Calibrator
     from clipfast.metrics.evaluate import Evaluator
     from clipfast.metrics.evaluation import Evaluation
+    from clipfast.metrics.registry import Side
 
 _PAGE, _SETTINGS = "report.html", "settings.json"
 
@@ -29,11 +33,13 @@ def evaluate(
     ] = "scenes:1",
     methods: Annotated[
         str | None,
-        typer.Option(help='Of `clipfast methods`, with commas; parameters behind colons, "mmel:steps=8"; or "all".'),
+        typer.Option(help='Of `clipfast methods`, with commas; parameters behind colons, "mmel:beta=0.5"; or "all".'),
     ] = None,
     protocols: Annotated[
         str | None,
-        typer.Option(help='With commas; parameters behind colons, "pointing_game:tolerance=15"; or "all" that fit.'),
+        typer.Option(
+            help='With commas; parameters behind colons, "occlusion:fractions=0.1,0.2"; or "all" that fit.',
+        ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Samples at most.")] = 50,
     out: Out = None,
@@ -50,6 +56,14 @@ def evaluate(
     against: Annotated[
         str | None,
         typer.Option(help="With --compare: the method that others are compared with, by default the first."),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="Search the method's parameters instead, mmel's or those of --grid."),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=V1,V2", help="With --calibrate: values to try of a parameter; repeat for more."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Part of the data set, such as val.")] = None,
     prompt: Annotated[
@@ -68,6 +82,8 @@ def evaluate(
     clipfast eval --methods grad_eclip,mmel,mga_clip --protocols pointing_game,deletion/rise --limit 200
     clipfast eval -m ViT-B-16:openai -d imagenet_s:/data/imagenet-s --limit 500 -o b16
     clipfast eval --methods all --protocols all
+    clipfast eval --methods grad_eclip,mmel --protocols deletion/words,deletion/retrieval -d flickr30k:/data/flickr30k
+    clipfast eval --calibrate mmel -m ViT-B-16:openai -d imagenet:/data/imagenet --limit 200
     clipfast eval --compare runs/eval/evaluation.json runs/eval-2/evaluation.json
 
     Writes evaluation.json, report.html and the rows behind them to runs/eval, runs/eval-2 and so on, or to --out. A
@@ -76,6 +92,10 @@ def evaluate(
     if compare:
         _compare([*compare, *(more or [])], against, as_json)
         return
+    if grid and calibrate is None:
+        raise InputError("--grid goes with --calibrate METHOD.")
+    if calibrate is not None and methods is not None:
+        raise InputError("--calibrate names the method itself: leave --methods out.")
     if more:
         raise InputError(f"{more[0]} is not expected here: name data with --data, evaluations with --compare.")
     check_device(device)
@@ -85,15 +105,19 @@ def evaluate(
     dataset = open_dataset(data, split=split, limit=limit)
     status(f"loading {model if pretrained is None else f'{model}:{pretrained}'} ...")
     loaded = load(model, pretrained, device=device)
-    from clipfast.metrics.evaluate import Evaluator
 
     options: dict[str, Any] = {"seed": seed, "batch": batch, "precision": precision, "resize": resize, "prompt": prompt}
-    chosen = (_methods(methods, loaded, precision), _protocols(protocols, dataset.offers))
-    # Once for what is asked, once more for where its rows are: the folder depends on what is asked.
-    folder = _folder(out, Evaluator(loaded, dataset, *chosen, **options).fingerprint)
-    evaluator = Evaluator(loaded, dataset, *chosen, out=folder, **options)
     if not data.startswith("scenes"):
         warn_of_demo(model)
+    if calibrate is not None:
+        _calibrate(loaded, dataset, calibrate, grid or [], protocols, out, as_json, options)
+        return
+    from clipfast.metrics.evaluate import Evaluator
+
+    chosen = _chosen(methods, protocols, loaded.towers(options["precision"])[0], dataset.offers)
+    # Once for what is asked, once more for where its rows are: the folder depends on what is asked.
+    folder = _folder(out, "eval", Evaluator(loaded, dataset, *chosen, **options).fingerprint)
+    evaluator = Evaluator(loaded, dataset, *chosen, out=folder, **options)
     found = _run(evaluator, folder)
     status("figures and examples ...")
     written = found.save(folder)
@@ -113,46 +137,74 @@ def evaluate(
 
 def _run(evaluator: Evaluator, folder: Path) -> Evaluation:
     left = evaluator.left()
-    whole = evaluator.count * len(evaluator.methods)
-    if left < whole:
-        status(f"{whole - left} of {whole} are there already, in {shown(folder)}/")
+    if left < evaluator.whole:
+        status(f"{evaluator.whole - left} of {evaluator.whole} are there already, in {shown(folder)}/")
+    with _resumable(folder), progress("evaluating", left) as advance:
+        return evaluator(advance)
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
     try:
-        with progress("evaluating", left) as advance:
-            return evaluator(advance)
+        yield
     except KeyboardInterrupt:
         note(f"interrupted; the rows so far are in {shown(folder)}/, and the same command goes on from there.")
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _methods(given: str | None, model: Any, precision: Any) -> list[str] | None:
-    if given is None:
-        return None
-    if given.strip() != "all":
-        return [name.strip() for name in given.split(",") if name.strip()]
+def _calibrate(
+    model: Any,
+    dataset: Any,
+    method: str,
+    grid: list[str],
+    protocol: str | None,
+    out: Path | None,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    from clipfast.cli.calibrate import parse_grid, run_calibration
+    from clipfast.metrics.calibrate import Calibrator
+    from clipfast.metrics.registry import listed
+
+    names = listed(protocol or "")
+    if len(names) > 1:
+        raise InputError(f"--calibrate follows one protocol, not {len(names)}: {', '.join(names)}.")
+
+    def calibrator(folder: Path | None) -> Calibrator:
+        return Calibrator(model, dataset, method, parse_grid(grid), *names, out=folder, **options)
+
+    folder = _folder(out, "calibrate", calibrator(None).fingerprint)
+    with _resumable(folder):
+        run_calibration(calibrator(folder), folder, as_json)
+
+
+def _chosen(
+    methods: str | None, protocols: str | None, tower: Any, offers: frozenset[str]
+) -> tuple[list[str] | None, list[str] | None]:
+    """Names of methods and protocols; "all" of either is what fits the other, the model and the data."""
     from clipfast.methods import METHODS
+    from clipfast.metrics.chosen import DEFAULT_METHODS, able, sides_of
+    from clipfast.metrics.registry import build_protocol, entry_of, listed, offered, parse
 
-    tower, _ = model.towers(precision)
-    return [name for name, method in METHODS.items() if "image" in method.sides() and isinstance(tower, method.reads)]
+    all_methods, all_protocols = ((given or "").strip() == "all" for given in (methods, protocols))
+    named = None if methods is None or all_methods else listed(methods)
+    some = METHODS if all_methods else [parse(name)[0] for name in named or DEFAULT_METHODS]
+    sides = set().union(*(sides_of(METHODS[name], tower) for name in some if name in METHODS))
+    by = offered(offers, sides) if all_protocols else None if protocols is None else listed(protocols)
+    if all_methods:
+        measured: list[Side] = ["image"] if by is None else [entry_of(build_protocol(name))[1].side for name in by]
+        named = able(tower, measured)
+    return named, by
 
 
-def _protocols(given: str | None, offers: frozenset[str]) -> list[str] | None:
-    if given is None:
-        return None
-    if given.strip() != "all":
-        return list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
-    from clipfast.metrics.registry import offered
-
-    return offered(offers)
-
-
-def _folder(wanted: Path | None, fingerprint: str) -> Path:
-    """Where results go: the folder `wanted`, or the first of runs/eval, runs/eval-2 ... that is new or of this run.
+def _folder(wanted: Path | None, kind: str, fingerprint: str) -> Path:
+    """Where results go: the folder `wanted`, or the first of runs/KIND, runs/KIND-2 ... that is new or of this run.
 
     Raises InputError where `wanted` is a file.
     """
     from clipfast.view.files import write_file
 
-    number, folder = 1, Path("runs", "eval") if wanted is None else wanted.expanduser()
+    number, folder = 1, Path("runs", kind) if wanted is None else wanted.expanduser()
     if wanted is not None and folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: --out names the folder to write to.")
     first = folder
@@ -176,14 +228,17 @@ def _print(found: Evaluation) -> None:
     console = stdout()
     for protocol, own in found.protocols.items():
         table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left", title_style="bold")
-        table.add_column(protocol, no_wrap=True)
+        table.add_column(protocol, overflow="fold")
         for name, better in own.figures.items():
             table.add_column(f"{name} {'↑' if better == 'higher' else '↓'}", justify="right", no_wrap=True)
-        for method in found.methods:
+        compared = found.compared(protocol)
+        for method in [name for name in found.methods if protocol in found.tables[name]]:
             cells = [Text(method)]
             for i, one in enumerate(found.figures(method, protocol)):
                 style = "bold green" if method in found.best(protocol, i) else ""
                 cells.append(Text.assemble((number(one.value), style), (f" ± {number(one.error)}", "dim")))
+            if method not in compared:
+                cells.append(Text(f"of {len(found.tables[method][protocol].keys):,} pairs", style="dim"))
             table.add_row(*cells)
         console.print(table)
         console.print()

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,21 @@ class Table:
             samples,
         )
 
+    def shared(self, other: Table) -> Table:
+        """The rows of pairs that another table has, too; the table itself where these are all."""
+        theirs = set(zip(other.numbers, other.keys, other.texts, strict=True))
+        rows = [i for i, one in enumerate(zip(self.numbers, self.keys, self.texts, strict=True)) if one in theirs]
+        if len(rows) == len(self.keys):
+            return self
+        return replace(
+            self,
+            keys=[self.keys[i] for i in rows],
+            numbers=[self.numbers[i] for i in rows],
+            texts=[self.texts[i] for i in rows],
+            scores=[self.scores[i] for i in rows],
+            columns={name: column[rows] for name, column in self.columns.items()},
+        )
+
     @property
     def groups(self) -> Tensor:
         """Which rows are of one sample, as `base.figures` takes it."""
@@ -88,9 +103,10 @@ class Evaluation:
     """Methods x protocols on one data set.
 
     samples: of the data set; tables may hold fewer, where a run was made of several. methods: by label, the name and
-    all parameters. protocols: by label. tables: by method and protocol. explain: seconds for a sample's maps, by
-    method. errors: by key, why samples could not be read. seconds: of this run, without what was there before. out: the
-    folder of the rows, if they are kept.
+    all parameters. protocols: by label. tables: by method and protocol, where the one measures what the other explains.
+    explain: seconds for a sample's maps by method, or for its captions' words where those alone are measured. errors:
+    by key, why samples could not be read. seconds: of this run, without what was there before. out: the folder of the
+    rows, if they are kept.
     """
 
     model: str
@@ -107,36 +123,57 @@ class Evaluation:
     seconds: float
     out: Path | None = None
     _figures: dict[tuple[str, str], list[Figure]] = field(default_factory=dict, repr=False)
+    _compared: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     def figures(self, method: str, protocol: str) -> list[Figure]:
         """The protocol's figures of a method; the samples are what is drawn again, with all of their prompts."""
         found = self._figures.get((method, protocol))
         if found is None:
             table, by = self.tables[method][protocol], self.protocols[protocol]
-            found = figures(by, _needed(by, table.columns), groups=table.groups, seed=self.seed)
+            found = figures(by, needed(by, table.columns), groups=table.groups, seed=self.seed)
             self._figures[method, protocol] = found
         return found
 
+    def compared(self, protocol: str) -> list[str]:
+        """The methods that a protocol measured on the very same pairs: as many as there are, and then the most pairs.
+
+        Figures of other pairs do not compare with theirs: a method may only have had the easier images.
+        """
+        found = self._compared.get(protocol)
+        if found is None:
+            alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+            for name in self.methods:
+                if (table := self.tables.get(name, {}).get(protocol)) is not None:
+                    alike.setdefault((tuple(table.keys), tuple(table.texts)), []).append(name)
+            found = max(alike.items(), key=lambda one: (len(one[1]), len(one[0][0])), default=((), []))[1]
+            self._compared[protocol] = found
+        return found
+
     def best(self, protocol: str, number: int) -> set[str]:
-        """The methods whose figure of this number is the best; none where only one has it."""
-        found = {name: self.figures(name, protocol)[number] for name in self.methods if protocol in self.tables[name]}
+        """Of the methods `compared`, those whose figure of this number is the best; none where all have the same."""
+        found = {name: self.figures(name, protocol)[number] for name in self.compared(protocol)}
         values = {name: f.value if f.better == "higher" else -f.value for name, f in found.items()}
-        known = [value for value in values.values() if not math.isnan(value)]
+        known = {value for value in values.values() if not math.isnan(value)}
         return {name for name, value in values.items() if value == max(known)} if len(known) > 1 else set()
 
     def differences(self, method: str, other: Evaluation, other_method: str, protocol: str) -> list[Difference]:
         """How far a method's figures are above those of another's, by paired bootstrap on the same pairs.
 
-        Raises InputError where the two did not measure the same pairs.
+        Of one evaluation, the pairs that both measured. Raises InputError where two evaluations did not measure the
+        same pairs, or two methods of one none in common.
         """
         a, b = self.tables[method][protocol], other.tables[other_method][protocol]
+        if other is self:
+            a, b = a.shared(b), b.shared(a)
+            if not a.keys:
+                raise InputError(f"{method} and {other_method} were measured by {protocol} on no pair in common.")
         if (a.keys, a.texts) != (b.keys, b.texts):
             raise InputError(
                 f"differences need the same samples: {method} was measured by {protocol} on {len(a.keys)} pairs of "
                 f"{self.data} and {other_method} on {len(b.keys)} of {other.data}; the pairs or their texts differ."
             )
         by = self.protocols[protocol]
-        return compare(by, _needed(by, a.columns), _needed(by, b.columns), groups=a.groups, seed=self.seed)
+        return compare(by, needed(by, a.columns), needed(by, b.columns), groups=a.groups, seed=self.seed)
 
     def curves(self, method: str, protocol: str) -> dict[str, Curve]:
         """The curves of a method by name, such as "deletion"; none of a protocol without curves."""
@@ -148,13 +185,15 @@ class Evaluation:
         return {name: _curve(own, table.groups) for name, own in points.items() if len(own) > 1}
 
     def telling(self) -> tuple[str, str, str] | None:
-        """The protocol, column and direction by which examples are chosen: the first that has more than two values."""
-        order = sorted(self.protocols, key=lambda name: not name.startswith("energy_pointing_game"))
+        """The protocol of maps, column and direction that choose examples: the first that has more than two values."""
+        maps = [name for name, protocol in self.protocols.items() if entry_of(protocol)[1].side == "image"]
+        order = sorted(maps, key=lambda name: not name.startswith("energy_pointing_game"))
+        shown = [own for own in self.tables.values() if any(protocol in own for protocol in maps)]
         for protocol in order:
-            tables = [own[protocol] for own in self.tables.values() if protocol in own]
+            tables = [own[protocol] for own in shown if protocol in own]
             for name, better in self.protocols[protocol].figures.items():
                 columns = [table.columns[name] for table in tables if name in table.columns]
-                values = torch.cat(columns) if len(columns) == len(self.methods) else torch.zeros(0)
+                values = torch.cat(columns) if len(columns) == len(shown) else torch.zeros(0)
                 if len(values[values.isfinite()].unique()) > 2:
                     return protocol, name, better
         return None
@@ -178,6 +217,7 @@ class Evaluation:
                             "pairs": one.count,
                             "better": one.better,
                             "best": method in self.best(protocol, number),
+                            "compared": method in self.compared(protocol),
                         }
                     )
                 for name, curve in self.curves(method, protocol).items():
@@ -280,7 +320,7 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
     return whole
 
 
-def _needed(protocol: Protocol, columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def needed(protocol: Protocol, columns: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The columns that a summary reads: resampling the points of curves, too, would take most of the time."""
     if type(protocol).summary is Protocol.summary:
         return {name: columns[name] for name in protocol.figures}

@@ -151,7 +151,7 @@ def label(protocol: Protocol) -> str:
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """A name and the parameters behind it: "mmel:steps=8:heads=single" -> ("mmel", {"steps": 8, "heads": "single"}).
 
-    A value of several numbers has commas between them: "box/max:thresholds=0.3,0.5".
+    A value of several numbers has commas between them: "occlusion:fractions=0.1,0.2".
 
     Raises InputError where something behind a colon is not NAME=VALUE.
     """
@@ -168,8 +168,8 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 def listed(text: str) -> list[str]:
     """Names with commas between them, each once, as the command line takes them; values may hold commas, too.
 
-    >>> listed("gini, box/max:thresholds=0.3,0.5, occlusion")
-    ['gini', 'box/max:thresholds=0.3,0.5', 'occlusion']
+    >>> listed("gini, occlusion:fractions=0.1,0.2, occlusion")
+    ['gini', 'occlusion:fractions=0.1,0.2', 'occlusion']
     """
     return list(dict.fromkeys(part.strip() for part in _BETWEEN.split(text) if part.strip()))
 

@@ -133,11 +133,15 @@ class WordWork:
     def joined(cls, parts: Sequence[WordWork]) -> WordWork:
         """Several as one."""
         first = parts[0]
-        lists = {
-            name: [one for part in parts for one in getattr(part, name)]
-            for name in ("numbers", "pictures", "captions", "words")
-        }
-        return replace(first, **lists, images=torch.cat([part.images for part in parts]), clock=Clock())
+        return replace(
+            first,
+            numbers=[one for part in parts for one in part.numbers],
+            pictures=[one for part in parts for one in part.pictures],
+            captions=[one for part in parts for one in part.captions],
+            words=[one for part in parts for one in part.words],
+            images=torch.cat([part.images for part in parts]),
+            clock=Clock(),
+        )
 
     def __len__(self) -> int:
         return sum(len(some) for some in self.captions)

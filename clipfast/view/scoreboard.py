@@ -32,7 +32,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method's figure with its standard error and interval, over so many pairs."""
+    """A method's figure with its standard error and interval, over so many pairs.
+
+    apart: whether those are other pairs than the column's other methods had, so that it is compared with none.
+    """
 
     value: float
     error: float
@@ -40,6 +43,7 @@ class Cell:
     high: float
     count: int
     best: bool
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,15 +152,15 @@ def _figures(board: Board) -> str:
         for column in board.columns
     )
     goodness = [_goodness(board, i) for i in range(len(board.columns))]
-    counts = [max((c[i].count for c in board.cells.values() if i in c), default=0) for i in range(len(board.columns))]
     rows = []
     for method in board.methods:
         own = board.cells.get(method, {})
-        cells = [_cell(own.get(i), goodness[i].get(method), counts[i]) for i in range(len(board.columns))]
+        cells = [_cell(own.get(i), goodness[i].get(method)) for i in range(len(board.columns))]
         rows.append(f'<tr><th scope="row">{_safe(method)}</th>{"".join(cells)}</tr>')
     return (
         '<p class="note">Value ± standard error, and below it the 95 % interval; images are what is drawn again, with '
-        "all of their prompts. Bold is the best of a column, which need not be significantly better than the next. "
+        "all of their prompts. Bold is the best of a column, which need not be significantly better than the next; a "
+        "figure of other pairs than the rest of its column had, with their number below it, is compared with none. "
         "A click on a column sorts by it.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-labelledby="figures-title"><table class="figures">'
         f'<thead><tr><th rowspan="2" scope="col">method</th>{top}</tr><tr>{heads}</tr></thead>'
@@ -167,22 +171,22 @@ def _figures(board: Board) -> str:
 def _goodness(board: Board, column: int) -> dict[str, float]:
     """How near to the best of a column each method is: 0 the worst, 1 the best."""
     sign = 1 if board.columns[column].better == "higher" else -1
-    found = {m: sign * board.cells[m][column].value for m in board.methods if column in board.cells.get(m, {})}
-    found = {m: v for m, v in found.items() if math.isfinite(v)}
+    cells = {m: board.cells[m][column] for m in board.methods if column in board.cells.get(m, {})}
+    found = {m: sign * c.value for m, c in cells.items() if math.isfinite(c.value) and not c.apart}
     low, high = min(found.values(), default=0), max(found.values(), default=0)
     return {m: (v - low) / (high - low) if high > low else 0.0 for m, v in found.items()}
 
 
-def _cell(cell: Cell | None, good: float | None, most: int) -> str:
+def _cell(cell: Cell | None, good: float | None) -> str:
     if cell is None or not math.isfinite(cell.value):
         return f'<td class="none" data-value="">{_NOTHING}</td>'
     tag = "b" if cell.best else "span"
     good = round(100 * (good or 0))
-    fewer = f'<small class="interval">of {cell.count:,} pairs</small>' if cell.count < most else ""
+    other = f'<small class="interval">of {cell.count:,} pairs</small>' if cell.apart else ""
     return (
         f'<td data-value="{cell.value:.9g}" style="--good:{good}%" title="{cell.count:,} pairs">'
         f"<{tag}>{number(cell.value)}</{tag}><small> ± {number(cell.error)}</small>"
-        f'<small class="interval">{number(cell.low)} to {number(cell.high)}</small>{fewer}</td>'
+        f'<small class="interval">{number(cell.low)} to {number(cell.high)}</small>{other}</td>'
     )
 
 

@@ -25,8 +25,9 @@ from clipfast.metrics.evaluation import Evaluation, merged
 from clipfast.metrics.localisation import EnergyPointingGame, Gini, PointingGame
 from clipfast.metrics.page import write_page
 from clipfast.metrics.perturbation import Classes, Confidence, CurvesCosine, CurvesGradEclip, CurvesRise
-from clipfast.metrics.registry import ALIASES, PROTOCOLS, build_protocol, label, offered, parse
+from clipfast.metrics.registry import ALIASES, PROTOCOLS, build_protocol, label, listed, offered, parse
 from clipfast.metrics.rows import Shard
+from clipfast.metrics.stability import StabilitySsim
 from clipfast.models.model import Model
 
 SPEC = InputSpec(size=(64, 64), patch=(16, 16))
@@ -368,6 +369,16 @@ def test_protocols_by_name() -> None:
     assert [label(Confidence()), label(Confidence("relative"))] == ["confidence/m2ib", "confidence/gradcam++"]
     assert label(PointingGame(tolerance=15)) == "pointing_game:tolerance=15"
     assert build_protocol(label(BoxGScoreCam(threshold=0.5))) == BoxGScoreCam(threshold=0.5)
+    assert label(StabilitySsim(sigmas=(1, 5))) == "stability/ssim:sigmas=1,5"
+    assert build_protocol("stability/ssim:sigmas=1,5") == StabilitySsim(sigmas=(1, 5))
+    assert build_protocol(label(StabilitySsim(sigmas=(2.5,)))) == StabilitySsim(sigmas=(2.5,))
+    assert listed("gini, stability/ssim:sigmas=1, 5,gini,mmel:theta=-1,.5,+2:alpha=1,rise,") == [
+        "gini",
+        "stability/ssim:sigmas=1, 5",
+        "mmel:theta=-1,.5,+2:alpha=1",
+        "rise",
+    ]
+    assert parse("mmel:theta=-1,.5,+2:alpha=1") == ("mmel", {"theta": (-1, 0.5, 2), "alpha": 1})
     assert parse("a:b=1:c=0.5:d=none:e=True:f=x") == ("a", {"b": 1, "c": 0.5, "d": None, "e": True, "f": "x"})
     for name in PROTOCOLS:
         assert label(build_protocol(name)) == name

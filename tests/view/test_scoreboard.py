@@ -20,7 +20,7 @@ BOARD = Board(
     cells={
         "one": {0: Cell(0.5, 0.01, 0.48, 0.52, 40, True), 1: Cell(0.25, 0.01, 0.2, 0.3, 40, True)},
         "two": {0: Cell(0.25, 0.01, 0.2, 0.3, 40, False), 1: Cell(math.nan, math.nan, math.nan, math.nan, 40, False)},
-        "three": {0: Cell(0.125, 0.01, 0.1, 0.2, 7, False)},
+        "three": {0: Cell(0.125, 0.01, 0.1, 0.2, 7, False, apart=True)},
     },
     lines=[
         Lines("deletion", "lower", "axis", [0, 0.5, 1],
@@ -55,7 +55,7 @@ def test_cells(page: str) -> None:
     rows = {part.split("</th>")[0]: part for part in table.split('<tr><th scope="row">')[1:]}
     assert '<b>0.500</b><small> ± 0.010</small><small class="interval">0.480 to 0.520</small>' in rows["one"]
     assert "--good:100%" in rows["one"]
-    assert "--good:33%" in rows["two"]
+    assert "--good:0%" in rows["two"], "three had other pairs"
     assert '<td class="none" data-value="">–</td>' in rows["two"]
     assert "of 7 pairs" in rows["three"]
     assert "of 40 pairs" not in rows["one"]
