@@ -55,11 +55,10 @@ class Table:
         """Whether only reading the whole of a remote file says how many rows there are."""
         return self._parquet is None and self._reader is None and is_url(self.place)
 
-    def rows(self) -> int:
-        """How many rows there are."""
-        if self._parquet is not None:
-            return int(self._parquet.metadata.num_rows)
-        return sum(batch.num_rows for _, batch in self._parts([], 0))
+    @property
+    def rows(self) -> int | None:
+        """How many rows there are, where the file says so; else `batches` tells."""
+        return None if self._parquet is None else int(self._parquet.metadata.num_rows)
 
     def columns(self) -> list[str]:
         """The columns' names, and those of the fields in them, such as "image.path"."""

@@ -71,14 +71,13 @@ class Tables(Source):
     def _cut(self) -> Iterator[_Held]:
         with ThreadPoolExecutor(_OPENED) as pool:
             found = list(pool.map(self._rows, self._names))
-        problems = [one for one in found if isinstance(one, str)]
-        if len(problems) == len(found):
-            raise InputError(problems[0])
-        keys = iter(unique_keys([key for one in found if isinstance(one, list) for key in one]))
+        if all(problem is not None and not rows for rows, problem in found):
+            raise InputError(found[0][1] or "")
+        keys = iter(unique_keys([key for rows, _ in found if isinstance(rows, list) for key in rows]))
         left = self._wanted.limit
-        for file, rows in enumerate(found):
-            if rows is None or isinstance(rows, str):
-                yield _Held(file, 0, None if rows is None else 0, None, rows)
+        for file, (rows, problem) in enumerate(found):
+            if rows is None:
+                yield _Held(file)
                 continue
             own = list(islice(keys, len(rows))) if isinstance(rows, list) else None
             count = rows if isinstance(rows, int) else len(rows)
@@ -89,26 +88,34 @@ class Tables(Source):
             left = None if left is None else left - count
             if left == 0:
                 return
+            if problem is not None:
+                yield _Held(file, count, count, None, problem)
 
-    def _rows(self, name: str) -> int | list[str] | str | None:
-        """How many rows a table has, or their keys; None for all there are, or a sentence why it cannot be read."""
+    def _rows(self, name: str) -> tuple[int | list[str] | None, str | None]:
+        """How many rows of a table can be read, or their keys, None for all there are; and why others cannot."""
         called = joined(self._root, name)
+        count, key = 0, None
+        keys: list[str] = []
+        problem = None
         try:
             with Table(called) as table:
                 _, key, _ = chosen_columns(called, table.columns(), table.pictures(), self._wanted)
-                if key is None:
-                    return None if table.remote_stream and self._wanted.limit is None else table.rows()
-                keys: list[str] = []
-                for batch in table.batches([key], 0, None, _READ):
-                    for one in table.values(batch, key):
+                if key is None and table.rows is not None:
+                    return table.rows, None
+                if key is None and table.remote_stream and self._wanted.limit is None:
+                    return None, None
+                for batch in table.batches([key] if key else [], 0, None, _READ):
+                    count += batch.num_rows
+                    for one in table.values(batch, key) if key else []:
                         missing = one is None or one == ""
                         keys.append(row_key(name, len(keys)) if missing else str(one).replace("\0", "\ufffd"))
-                return keys
         except InputError as error:
-            return str(error)
+            problem = str(error)
         except Exception as error:
             # pyarrow and each of fsspec's file systems fail in ways of their own.
-            return f"{called} cannot be read as a table: {sentence(error)}."
+            used = f": the {count:,} rows before that are used" if count else ""
+            problem = f"{called} cannot be read as a table: {sentence(error)}{used}."
+        return (keys if key else count), problem
 
     def items(self, shard: Shard) -> Iterator[Item | Failure]:
         held: _Held = shard.holds

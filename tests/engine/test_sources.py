@@ -385,6 +385,16 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     assert keys(open_source(f"hf:{tmp_path}/saved", key_column="caption", limit=2)) == ["a 0", "a 1"]
 
 
+def test_a_saved_data_set_that_was_cut(tmp_path: Path) -> None:
+    save_to_disk(tmp_path / "saved", [saved_table(0, 12), saved_table(12, 3)])
+    file = tmp_path / "saved" / "data-00000-of-00002.arrow"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 3 // 4])
+    for options in ({}, {"key_column": "caption"}):
+        found = everything(open_source(tmp_path / "saved", shard_size=5, **options))
+        assert [grey(item) for item in [*found[:8], *found[9:]]] == [*range(8), 12, 13, 14]
+        assert isinstance(found[8], Failure) and "the 8 rows before that are used" in found[8].reason
+
+
 def test_the_splits_of_a_saved_data_set(tmp_path: Path) -> None:
     for split in ("train", "test"):
         save_to_disk(tmp_path / split, [saved_table(0, 2)])
