@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import numpy as np
 
@@ -124,29 +125,34 @@ class Bytes(Codec):
 
 @dataclass(frozen=True)
 class Signed(Codec):
-    """int8 of each row divided by 1/127 of its largest magnitude: `scale` (...,), one for each row of the last axis.
+    """int8 of numbers divided by 1/127 of the largest magnitude along `axis` (None: of an array), which is `scale`.
 
-    Off by at most half a step. Rows with NaN or infinity come back as NaN. whole: one scale for all rows of an array.
+    Off by at most half a step. What shares its scale with NaN or infinity comes back as NaN.
     """
 
     name: str = "int8"
-    whole: bool = False
+    axis: Literal[-1, -2] | None = -1
 
     def layout(self, shape: Shape) -> dict[str, tuple[np.dtype, Shape]]:
-        return {"values": (np.dtype("i1"), shape), "scale": (_SINGLE, () if self.whole else shape[:-1])}
+        scales = {-1: shape[:-1], -2: (*shape[:-2], *shape[-1:]), None: ()}[self.axis]
+        return {"values": (np.dtype("i1"), shape), "scale": (_SINGLE, scales)}
 
     def encode(self, values: np.ndarray) -> Parts:
-        scale = np.abs(values).max(tuple(range(1, values.ndim)) if self.whole else -1) / np.float32(127)
+        scale = np.abs(values).max(self._along(values.ndim), keepdims=True) / np.float32(127)
         lost = ~np.isfinite(scale)
         step = np.where(lost | (scale == 0), np.float32(1), scale)
         steps = np.nan_to_num(values, nan=0, posinf=0, neginf=0) if lost.any() else values
-        steps = np.rint(steps / _spread(step, values.ndim)).clip(-127, 127)
-        return {"values": steps.astype("i1"), "scale": np.where(lost, np.nan, scale).astype(_SINGLE)}
+        steps = np.rint(steps / step).clip(-127, 127)
+        scale = np.where(lost, np.nan, scale).astype(_SINGLE)
+        return {"values": steps.astype("i1"), "scale": scale.squeeze(self._along(values.ndim))}
 
     def decode(self, parts: Mapping[str, np.ndarray], shape: Shape) -> np.ndarray:
         values = parts["values"].astype(np.float32)
-        values *= _spread(parts["scale"], values.ndim)
+        values *= np.expand_dims(parts["scale"], self._along(values.ndim))
         return values
+
+    def _along(self, ndim: int) -> tuple[int, ...]:
+        return tuple(range(1, ndim)) if self.axis is None else (self.axis,)
 
 
 @dataclass(frozen=True)
@@ -219,13 +225,14 @@ def map_codec(name: str) -> Codec:
 def feature_codec(name: str) -> Codec:
     """The codec of attribution features of that name, such as "int8" or "rank:32".
 
-    "int8" has a scale for each patch, "int8:image" one for the image; "rank:K" keeps K singular components as float16,
-    "rank:K:int8" as int8. Raises InputError for an unknown one.
+    "int8" has a scale for each dimension of the embedding, as some may be much larger than others, "int8:image" one for
+    the image; "rank:K" keeps K singular components as float16, "rank:K:int8" as int8. Raises InputError for an unknown
+    one.
     """
     if name in ("float16", "float32"):
         return MAPS[name]
     if name in ("int8", "int8:image"):
-        return Signed(name, whole=name != "int8")
+        return Signed(name, -2 if name == "int8" else None)
     kind, _, rest = name.partition(":")
     number, _, parts = rest.partition(":")
     if kind == "rank" and number.isascii() and number.isdigit() and int(number) > 0 and parts in ("", "int8"):

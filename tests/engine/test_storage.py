@@ -62,9 +62,16 @@ def test_uint8_is_off_by_half_of_255_steps(maps: np.ndarray) -> None:
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=3, max_dims=4, max_side=5), elements=_VALUES), st.booleans())
 def test_int8_is_off_by_half_of_127_steps(values: np.ndarray, whole: bool) -> None:
     found = _through(feature_codec("int8:image" if whole else "int8"), values)
-    axes = tuple(range(1, values.ndim)) if whole else -1
+    axes = tuple(range(1, values.ndim)) if whole else -2
     largest = np.abs(values).max(axes, keepdims=True).astype(np.float64)
     assert (np.abs(found.astype(np.float64) - values) <= largest / 254 * (1 + 1e-5) + 1e-42).all()
+
+
+def test_int8_keeps_small_dimensions_beside_large_ones() -> None:
+    values = _features()
+    values[..., 3] *= 1000
+    error = np.abs(_through(feature_codec("int8"), values) - values).max((0, 1))
+    assert error[3] > 0.1 and np.delete(error, 3).max() < np.abs(np.delete(values, 3, -1)).max() / 250
 
 
 def test_float32_changes_nothing() -> None:
@@ -118,11 +125,11 @@ def test_features_that_are_not_finite_become_nan(name: str) -> None:
     values = _features()
     values[1, 3, 5], values[2, 0, 0] = np.nan, np.inf
     found = _through(feature_codec(name), values)
-    row = slice(3, 4) if name == "int8" else slice(None)
-    assert np.isnan(found[1, row]).all() and np.isnan(found[2, 0]).all()
+    column = slice(5, 6) if name == "int8" else slice(None)
+    assert np.isnan(found[1, :, column]).all() and np.isnan(found[2, :, 0]).all()
     assert np.isfinite(found[[0, 3]]).all()
     if name == "int8":
-        assert np.isfinite(np.delete(found[1], 3, 0)).all()
+        assert np.isfinite(np.delete(found[1], 5, 1)).all()
 
 
 @pytest.mark.parametrize("name", sorted({*MAPS, "int8", "int8:image", "rank:3", "rank:3:int8"}))
@@ -161,7 +168,7 @@ def test_bytes_of_one_array() -> None:
     assert map_codec("float16").nbytes((14, 14)) == 14 * 14 * 2 + 4
     assert map_codec("uint8").nbytes((14, 14)) == 14 * 14 + 8
     assert map_codec("float32").nbytes((14, 14)) == 14 * 14 * 4
-    assert feature_codec("int8").nbytes((196, 512)) == 196 * 512 + 196 * 4
+    assert feature_codec("int8").nbytes((196, 512)) == 196 * 512 + 512 * 4
     assert feature_codec("int8:image").nbytes((196, 512)) == 196 * 512 + 4
     assert feature_codec("rank:32").nbytes((196, 512)) == 32 * (196 + 512) * 2 + 2 * 4
     assert feature_codec("rank:32:int8").nbytes((196, 512)) == 32 * (196 + 512) + 2 * 32 * 4
