@@ -11,6 +11,7 @@ from clipfast.cli.demo import demo
 from clipfast.cli.doctor import doctor
 from clipfast.cli.eval import evaluate
 from clipfast.cli.explain import explain
+from clipfast.cli.export import export
 from clipfast.cli.group import Commands
 from clipfast.cli.methods import methods
 from clipfast.cli.models import models
@@ -22,6 +23,7 @@ for command in (explain, words, demo):
     app.command()(command)
 app.command()(run)
 app.command()(ask)
+app.command()(export)
 app.command("eval")(evaluate)
 for listing in (models, methods, doctor):
     app.command()(listing)

@@ -33,6 +33,8 @@ from clipfast.data.images import is_image, read_image
 from clipfast.data.keys import Numbering, numbered
 from clipfast.engine.base import Failure, Shard, Source
 from clipfast.engine.reader import Run
+from clipfast.engine.sources import open_source
+from clipfast.engine.tars import Tars
 from clipfast.errors import ClipfastError, InputError, nearest
 from clipfast.metrics.rows import slug
 from clipfast.results import Attribution
@@ -218,8 +220,6 @@ class _Pictures:
     """The run's images, from its source opened again."""
 
     def __init__(self, run: Run, images: str | Path | None):
-        from clipfast.engine.sources import open_source
-
         about = run.config.source
         place = about.get("place") if images is None else images
         if not place or place == "-":
@@ -237,6 +237,7 @@ class _Pictures:
             raise InputError(
                 f"overlays need the images: {str(error).rstrip('.')}; name with --images where they are now."
             ) from error
+        self._all: dict[str, Callable[[], bytes]] | None = None
         self._shards: dict[str | int, Shard] = {}
         for shard in self._source.shards():
             self._shards |= {shard.id: shard, shard.number: shard}
@@ -245,17 +246,27 @@ class _Pictures:
         """What gives the pictures of a shard by their keys, each once. It raises InputError for one that is gone."""
         shard = self._shards.get(marker["shard"]) or self._shards.get(marker["number"])
         items = iter(()) if shard is None else self._source.items(shard)
-        wanted, waiting = set(keys), {}
+        wanted = set(keys)
+        waiting: dict[str, Callable[[], bytes]] = {}
 
         def picture(key: str) -> Image.Image:
             while key not in waiting and (item := next(items, None)) is not None:
                 if not isinstance(item, Failure) and item.key in wanted:
                     waiting[item.key] = item.read
-            if key not in waiting:
+            read = waiting.pop(key, None) or self._elsewhere().get(key)
+            if read is None:
                 raise InputError(f"{key} is no longer where the run found it.")
-            return read_image(waiting.pop(key)(), name=key)
+            return read_image(read(), name=key)
 
         return picture
+
+    def _elsewhere(self) -> dict[str, Callable[[], bytes]]:
+        """All images by key: where files came or went, the source is cut into shards at other places than it was."""
+        if self._all is None:
+            every = () if isinstance(self._source, Tars) else self._source.shards()
+            items = (item for shard in every for item in self._source.items(shard))
+            self._all = {item.key: item.read for item in items if not isinstance(item, Failure)}
+        return self._all
 
 
 def safe_name(key: str) -> str:
