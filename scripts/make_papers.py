@@ -103,7 +103,7 @@ def section(table: dict[str, Any]) -> str:
     for row in table["rows"]:
         cells = [row["method"], f"`{row['clipfast']}`" if row["clipfast"] else ""]
         for i, (published, own) in enumerate(zip(row["published"], row["measured"], strict=True)):
-            cells += [number(published, table)] + [number(own, table)] * (i in same)
+            cells += [number(published, table, i)] + [number(own, table, i)] * (i in same)
         lines.append(line(cells))
     lines.append("")
     if table["command"]:
@@ -115,11 +115,11 @@ def line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def number(value: float | None, table: dict[str, Any]) -> str:
-    """A figure with as many places as the table's own have at most."""
+def number(value: float | None, table: dict[str, Any], column: int) -> str:
+    """A figure with as many places as those of its column have at most."""
     if value is None:
         return ""
-    places = max(len(str(one).partition(".")[2]) for row in table["rows"] for one in row["published"])
+    places = max(len(str(row["published"][column]).partition(".")[2]) for row in table["rows"])
     return f"{value:.{places}f}"
 
 
