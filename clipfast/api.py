@@ -237,7 +237,9 @@ class Explainer:
 
     def batch_size(self, height: int, width: int) -> int:
         """How many inputs of so many pixels one pass should take on the model's device."""
-        tower, _ = self.model.towers(self.precision)
+        return self._rows(self.model.towers(self.precision)[0], height, width)
+
+    def _rows(self, tower: AnyImageTower, height: int, width: int) -> int:
         patches = height // tower.patch_size[0] * (width // tower.patch_size[1])
         return tower.rows_at_once(patches, gradients=self._run.keeps_activations)
 
@@ -468,7 +470,7 @@ class Explainer:
             indices, batch = waiting.setdefault(key, ([], []))
             indices.append(i)
             batch.append(item)
-            if len(batch) == self.batch_size(*item.geometry.covered):
+            if len(batch) == self._rows(tower, *item.geometry.covered):
                 yield self._ready(indices, batch, tower)
                 if progress is not None:
                     progress(len(indices))

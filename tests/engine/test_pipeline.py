@@ -286,6 +286,14 @@ def test_an_image_that_overflows_costs_itself_alone(explainer, monkeypatch):
     assert same(found, {key: value for key, value in whole.items() if key not in failures})
 
 
+def test_an_overflow_in_half_precision_says_what_to_do(model, monkeypatch):
+    explainer = clipfast.Explainer(model, precision="bfloat16")
+    ask = explainer.batch
+    monkeypatch.setattr(explainer, "batch", lambda x: ask(torch.full(x.shape, torch.inf)))
+    (failure,) = explained([item(0)], explainer, Prompts(TEXTS))
+    assert failure == Failure("image 0", "image 0 makes CLIP overflow in bfloat16: use precision='float32'.")
+
+
 def test_what_the_model_raises_is_raised(explainer, monkeypatch):
     def broken(x: torch.Tensor) -> Any:
         raise RuntimeError("out of memory")
@@ -404,6 +412,19 @@ def test_maps_of_very_many_prompts_come_in_smaller_batches(explainer, monkeypatc
     monkeypatch.setattr(pipeline, "_ELEMENTS", 4 * 16 * 3)
     outcome = list(explained([item(i) for i in range(7)], explainer, Prompts(TEXTS)))
     assert [len(part.keys) for part in outcome] == [3, 3, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("prompts", [Prompts(TEXTS), Prompts(TEXTS, top=2)])
+def test_on_a_gpu_batches_overlap_and_nothing_changes(build_clip, tokenizer, prompts):
+    explainer = clipfast.Explainer(clipfast.load(build_clip().cuda(), tokenizer=tokenizer))
+    items = [item(i, b"" if i == 5 else None) for i in range(50)]
+    results = [by_key(explained(items, explainer, prompts, workers=w, batch=8, features=True)) for w in (1, 8)]
+    assert same(results[0][0], results[1][0]) and set(results[0][1]) == set(results[1][1]) == {"image 5"}
+    onto_cpu = clipfast.Explainer(clipfast.load(build_clip(), tokenizer=tokenizer))
+    for key, one in by_key(explained(items, onto_cpu, prompts, features=True))[0].items():
+        np.testing.assert_allclose(results[0][0][key]["scores"], one["scores"], atol=1e-4)
+        np.testing.assert_allclose(results[0][0][key]["maps"], one["maps"], rtol=1e-2, atol=1e-5)
 
 
 def test_memory_is_flat(build_clip, tokenizer):
