@@ -41,14 +41,12 @@ class Wanted:
 class Listing:
     """Files in order. names: below the source's root, absolute, or addresses; "" where an entry names no file.
 
-    keys: one a name, where they are not the names themselves. columns: one value a name each. about: what the entries
-    without a file are said to be.
+    keys: one a name, where they are not the names themselves. columns: one value a name each.
     """
 
     names: list[str]
     keys: list[str] | None = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    about: str = "its row names no image"
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,6 @@ class _Held:
     names: str
     keys: str | None
     columns: dict[str, list[Any]]
-    about: str
 
 
 class Files(Source):
@@ -87,19 +84,14 @@ class Files(Source):
         return self._shards
 
     def _cut(self, listing: Listing) -> Iterator[Shard]:
-        names = [name.replace("\0", "\ufffd") for name in listing.names] if "\0" in "".join(listing.names) else None
-        names = listing.names if names is None else names
-        keys = unique_keys(names if listing.keys is None else listing.keys)
+        names = _separable(listing.names)
+        keys = unique_keys(names if listing.keys is None else _separable(listing.keys))
         count = len(names) if self._wanted.limit is None else min(self._wanted.limit, len(names))
         for number, start in enumerate(range(0, count, self._wanted.shard_size)):
             part = slice(start, min(start + self._wanted.shard_size, count))
             own = None if keys is names else "\0".join(keys[part])
-            held = _Held(
-                "\0".join(names[part]),
-                own,
-                {name: values[part] for name, values in listing.columns.items()},
-                listing.about,
-            )
+            columns = {column: values[part] for column, values in listing.columns.items()}
+            held = _Held("\0".join(names[part]), own, columns)
             yield Shard(shard_id(number, held.names, own or ""), number, held, part.stop - part.start)
 
     def items(self, shard: Shard) -> Iterator[Item | Failure]:
@@ -108,8 +100,8 @@ class Files(Source):
         keys = names if held.keys is None else held.keys.split("\0")
         for i, (key, name) in enumerate(zip(keys, names, strict=True)):
             if not name:
-                yield Failure(key, f"{key}: {held.about}.")
-            elif name.endswith("/"):
+                yield Failure(key, f"{key} is a row that names no image, or lacks cells.")
+            elif name.endswith("/") and self._kind == "folder":
                 yield Failure(key, f"the folder {joined(self._root, name)} could not be listed.")
             else:
                 columns: Mapping[str, Any] = {column: values[i] for column, values in held.columns.items()}
@@ -144,6 +136,11 @@ class Beside(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return 1
+
+
+def _separable(names: list[str]) -> list[str]:
+    """Names without the zero that parts them in a shard; no file is called so."""
+    return [name.replace("\0", "\ufffd") for name in names] if "\0" in "".join(names) else names
 
 
 def unique_keys(names: list[str]) -> list[str]:

@@ -30,18 +30,36 @@ class Tars(Source):
     Keys are the tar's name and the sample's. Files that belong to no picture are passed over; a tar that is cut, or
     cannot be read, gives what is whole before that, and one Failure.
 
-    Raises InputError where none of the first tars holds a picture.
+    Raises InputError where none of the first tars holds a picture, or the first sample lacks a column.
     """
 
     def __init__(self, place: str, root: str, names: Sequence[str], wanted: Wanted):
         self._place, self._root, self._names, self._wanted = place, root, list(names), wanted
         self._stems = numbered(re.sub(r"\.tar$", "", _clean(name)) for name in self._names)
         self._shards: list[Shard] | None = None
-        found = [next(self._read(name), None) for name in self._names[:_PEEKED]]
-        if all(one is None or isinstance(one, Failure) for one in found):
+        if wanted.image or wanted.key:
+            raise InputError(f"{place} has no columns of images or keys: leave {wanted.image or wanted.key!r} out.")
+        found = [next(self._read(name, {*wanted.columns, "json"}), None) for name in self._names[:_PEEKED]]
+        first = next((one for one in found if isinstance(one, tuple)), None)
+        if first is not None:
+            self._check(*first)
+        else:
             why = next((one.reason for one in found if isinstance(one, Failure)), None)
             why = why or f"{joined(root, self._names[0])} holds no pictures (.{', .'.join(PICTURES)})."
             raise InputError(why if len(found) == 1 else f"{why} The tars after it have none either.")
+
+    def _check(self, name: str, held: dict[str, bytes | int]) -> None:
+        """Raises InputError where the first sample lacks a column, or holds it under another name."""
+        try:
+            fields = json.loads(held.get("json") or "{}")  # type: ignore[arg-type]
+        except (ValueError, TypeError):
+            return
+        there = [*(ending for ending in held if ending not in (*PICTURES, "json")), *fields]
+        lacking = next((c for c in self._wanted.columns if c not in (*there, CAPTION)), None)
+        if lacking is not None:
+            raise InputError(
+                f"{self._place} has no column {lacking!r}: its first sample, {name}, has {', '.join(there) or 'none'}."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": None}

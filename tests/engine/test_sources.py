@@ -259,12 +259,22 @@ def test_a_table_of_paths_as_text(photos: Path, delimiter: str) -> None:
     source = open_source(photos / "list.csv", columns=["caption"], shard_size=2)
     found = everything(source)
     assert keys(source) == ["k1", "k2", "k3", "list/000003", "k1~2"]
-    assert isinstance(found[2], Failure) and "names no image" in found[2].reason
+    assert found[2] == Failure("k3", "k3 is a row that names no image, or lacks cells.")
     assert isinstance(found[3], Failure)
     assert [grey(found[i]) for i in (0, 1, 4)] == [1, 3, 0]
     assert [i.columns["caption"] for i in found if isinstance(i, Item)] == ["a cat, asleep", "", "a dog"]
     assert keys(open_source(photos / "list.csv", key_column="caption"))[:2] == ["a cat, asleep", "list/000001"]
     assert keys(pickle.loads(pickle.dumps(source))) == keys(source)
+
+
+def test_odd_keys_and_names_in_a_table(photos: Path) -> None:
+    (photos / "list.csv").write_text('path,id\na.png,"x\0y"\n"B\0.JPG","two\nlines"\nsub/,z\n', newline="")
+    found = everything(open_source(photos / "list.csv", key_column="id"))
+    assert [f.key for f in found] == ["x\ufffdy", "two\nlines", "z"] and grey(found[0]) == 1
+    for item, why in zip(found[1:], ("does not exist", "is a folder"), strict=True):
+        assert isinstance(item, Item)
+        with pytest.raises(ImageError, match=why):
+            item.read()
 
 
 def test_a_table_of_paths_in_parquet(photos: Path) -> None:

@@ -120,10 +120,10 @@ def test_what_lies_beside_a_picture(tmp_path: Path) -> None:
         ("s/1.jpg", encoded(1, "JPEG")),
         ("s/1.txt", b" a dog \n"),
         ("s/1.json", fields),
+        ("s/1.cls", b"7\n"),
         ("s/2.seg.png", b"not the picture"),
         ("s/2.PNG", encoded(2)),
         ("s/2.json", fields),
-        ("s/2.cls", b"7\n"),
         ("3.webp", encoded(3, "WEBP")),
         ("4.png", encoded(4)),
         ("4.json", b"{"),
@@ -134,11 +134,17 @@ def test_what_lies_beside_a_picture(tmp_path: Path) -> None:
     found = everything(source)
     assert [f.key for f in found] == ["x/s/1", "x/s/2", "x/3", "x/4"]
     assert [dict(i.columns) for i in found if isinstance(i, Item)] == [
-        {"caption": ["a dog"], "url": "u", "cls": None},
-        {"caption": ["from json"], "url": "u", "cls": "7"},
+        {"caption": ["a dog"], "url": "u", "cls": "7"},
+        {"caption": ["from json"], "url": "u", "cls": None},
         {"caption": [], "url": None, "cls": None},
     ]
     assert isinstance(found[3], Failure) and "the .json of x/4 is damaged" in found[3].reason
+    with pytest.raises(
+        InputError, match=r"no column 'ulr': its first sample, s/1, has txt, cls, caption, url, width\."
+    ):
+        open_source(tmp_path / "x.tar", columns=["ulr"])
+    with pytest.raises(InputError, match="has no columns of images or keys: leave 'url' out"):
+        open_source(tmp_path / "x.tar", key_column="url")
     own = Prompts(column="caption")
     assert isinstance(found[0], Item) and own.own(found[0]) == ["a dog"]
     assert isinstance(found[2], Item)
