@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipfast.compat.replay import Replay, replaying
+from clipfast.compat.replay import Replay, is_replaying, replaying
 from clipfast.errors import InputError, nearest
 from clipfast.metrics.road import impute
 from clipfast.models.load import load
@@ -79,7 +79,7 @@ def _imputed(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(original)
     def call(self: Any, img: Tensor, mask: Tensor) -> Tensor:
         gone = mask == 0
-        if img.dtype != torch.float32 or not 0 < int(gone.sum()) < gone.numel():
+        if not is_replaying() or img.dtype != torch.float32 or not 0 < int(gone.sum()) < gone.numel():
             return original(self, img, mask)
         filled = impute(img, gone)
         filled[:, gone] += self.noise * torch.randn(len(img), int(gone.sum()))

@@ -48,9 +48,19 @@ def replaying() -> Iterator[None]:
         _local.depth -= 1
 
 
+@contextmanager
+def own_forwards() -> Iterator[None]:
+    """Within it, in this thread, towers run their own forwards whatever is accelerated: to compare with."""
+    before, _local.off = getattr(_local, "off", False), True
+    try:
+        yield
+    finally:
+        _local.off = before
+
+
 def is_replaying() -> bool:
-    """Whether this thread is inside of `replaying`."""
-    return getattr(_local, "depth", 0) > 0
+    """Whether this thread is inside of `replaying`, and not of `own_forwards`."""
+    return getattr(_local, "depth", 0) > 0 and not getattr(_local, "off", False)
 
 
 class Replay:
