@@ -138,7 +138,10 @@ def run(
         str | None, typer.Option(help="Of the Ray cluster; by default one on this machine.", rich_help_panel=_WHERE)
     ] = None,
     cpus: Annotated[float, typer.Option(min=0, help="CPUs a Ray worker.", rich_help_panel=_WHERE)] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs a Ray worker.", rich_help_panel=_WHERE)] = 0,
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs a Ray worker; by default one where there are any.", rich_help_panel=_WHERE),
+    ] = None,
 ) -> None:
     """Draw heat maps of a whole data set; stop at any time, and go on with the same command.
 
@@ -216,7 +219,7 @@ def run(
         _print(found, out)
 
 
-def _engine(name: str, address: str | None, workers: int | None, cpus: float, gpus: float) -> Engine | None:
+def _engine(name: str, address: str | None, workers: int | None, cpus: float, gpus: float | None) -> Engine | None:
     if name == "local":
         if address is not None:
             raise InputError("--address is for --engine ray.")
