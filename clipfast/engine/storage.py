@@ -13,6 +13,7 @@ from math import prod
 from typing import Literal
 
 import numpy as np
+import torch
 
 from clipfast.errors import InputError, nearest
 
@@ -20,6 +21,7 @@ Parts = dict[str, np.ndarray]
 Shape = tuple[int, ...]
 
 _HALF, _SINGLE = np.dtype("<f2"), np.dtype("<f4")
+_PIECE = 1 << 15
 
 
 class Codec(ABC):
@@ -80,10 +82,10 @@ class Half(Codec):
 
     def encode(self, values: np.ndarray) -> Parts:
         scale = _magnitude(values, 1)
-        return {"values": (values / _spread(scale, values.ndim)).astype(_HALF), "scale": scale}
+        return {"values": _rounded(values / _spread(scale, values.ndim), _HALF), "scale": scale}
 
     def decode(self, parts: Mapping[str, np.ndarray], shape: Shape) -> np.ndarray:
-        values = parts["values"].astype(np.float32)
+        values = _rounded(parts["values"].copy(), _SINGLE)
         values *= _spread(parts["scale"], values.ndim)
         return values
 
@@ -247,6 +249,16 @@ def _magnitude(values: np.ndarray, otherwise: float) -> np.ndarray:
     if not np.isfinite(largest).all():
         largest = np.where(np.isfinite(flat), flat, 0).max(1)
     return np.where(largest > 0, largest, otherwise).astype(_SINGLE)
+
+
+def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """As `values.astype(dtype)` between float16 and float32, by torch, which is several times as fast."""
+    found = np.empty(values.shape, dtype)
+    source, target = (torch.from_numpy(array).view(-1) for array in (np.ascontiguousarray(values), found))
+    # Larger pieces it would divide among threads, which the model needs.
+    for start in range(0, len(target), _PIECE):
+        target[start : start + _PIECE] = source[start : start + _PIECE]
+    return found
 
 
 def _spread(numbers: np.ndarray, ndim: int) -> np.ndarray:

@@ -115,7 +115,7 @@ class RowReader:
         firsts = np.flatnonzero(np.diff(numbers, prepend=-1))
         if len(firsts) != len(keys):
             raise InputError(f"{self.path} is damaged: an image's rows do not follow each other.")
-        return keys, np.append(firsts, len(numbers))
+        return keys, np.append(firsts, len(numbers)).astype(np.int32)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
