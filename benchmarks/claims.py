@@ -29,8 +29,9 @@ def claim(
     notes: str | Callable[[], str] = "",
     repeats: int = 7,
     warmup: int = 1,
+    folder: Path = RESULTS,
 ) -> dict[str, Any]:
-    """Time `functions` in turn and keep what came out in results/methods/<name>.json.
+    """Time `functions` in turn and keep what came out in `folder`, as <name>.json.
 
     title: what is claimed, for a reader ("MMEL, pooled, ViT-B/16, 4 images, 100 prompts"). unit: what one of the first
     function is ("Grad-ECLIP of the same call"). at_most: the targets, by function. errors: relative L2 to the float64
@@ -75,8 +76,8 @@ def claim(
         "against": pairs,
         "machine": machine(),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     for pair in pairs:
         print(f"{title}: {pair['subject']}: {pair['ratio']:.3f} (at most {pair['at_most']})")
     for row in rows:
