@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -36,6 +37,8 @@ _SETTINGS = {
 }
 # Deaths for each worker without a shard finished between, after which no more are tried.
 _DEATHS = 3
+# Seconds in which the machine of an address has to answer.
+_REACH = 10
 # How long to wait at a time: signals are seen in between.
 _TICK = 0.5
 
@@ -251,11 +254,13 @@ def _connected(address: str | None) -> Iterator[tuple[Any, bool]]:
         _bring_token()
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        _answers(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ray.init(**options)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
         raise InputError(f"the Ray cluster at {address} cannot be used: {reason}.") from error
     finally:
         # Ray puts its own handler there.
@@ -265,6 +270,13 @@ def _connected(address: str | None) -> Iterator[tuple[Any, bool]]:
         yield ray, local
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Raises OSError where nothing listens at host:port. Ray would try for minutes, and say so every few seconds."""
+    host, colon, port = address.rpartition(":")
+    if colon and "://" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH).close()
 
 
 def _bring_token() -> None:
