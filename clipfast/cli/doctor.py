@@ -38,6 +38,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from clipfast import native
+    from clipfast.compat.accelerate import libraries
     from clipfast.errors import InputError
     from clipfast.models.demo import WEIGHTS
     from clipfast.models.model import multiplies_bfloat16
@@ -94,6 +95,7 @@ def examine() -> dict[str, Any]:
             }
             for row in dispatch.table()
         ],
+        "libraries": libraries(),
         "demo_weights": WEIGHTS.is_file(),
     }
 
@@ -133,6 +135,18 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         backends.add_row(f"{row['op']}: {row['backend']}", _mark(row["available"], about))
     backends.add_row("CLIPFAST_BACKEND", Text(report["backend"]))
     console.print(backends)
+
+    others = _rows(console, "Libraries that clipfast.accelerate knows")
+    for other in report["libraries"]:
+        about = other["reason"] or "not installed"
+        if other["known"]:
+            about = (
+                f"{other['version']}, {len(other['wrapped'])} methods wrapped now"
+                if other["wrapped"]
+                else other["version"]
+            )
+        others.add_row(other["library"], _mark(other["known"], about))
+    console.print(others)
 
     demo = _rows(console, "Demo model")
     demo.add_row("weights", _mark(report["demo_weights"], "in the package" if report["demo_weights"] else "missing"))

@@ -42,6 +42,13 @@ class Library:
     # By "module:Class.method", what makes a faster method of the one that is there.
     swaps: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
+    def version(self) -> str | None:
+        """The installed version, or None."""
+        try:
+            return metadata.version(self.distribution)
+        except metadata.PackageNotFoundError:
+            return None
+
     def classes(self) -> list[type]:
         """The classes and their subclasses. Raises InputError for a release that is built differently."""
         found: dict[type, None] = {}
@@ -58,7 +65,7 @@ class Library:
             return getattr(import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise InputError(
-                f"{self.distribution} {metadata.version(self.distribution)} has no {path}: it is built differently "
+                f"{self.distribution} {self.version()} has no {path}: it is built differently "
                 "from the releases that clipfast knows, so leave it out of accelerate."
             ) from error
 
@@ -116,10 +123,10 @@ _standing_in: dict[int, list[Any]] = {}  # by the visual module's id: Replay, ho
 
 
 @contextmanager
-def accelerate(*libraries: str, model: Any) -> Iterator[tuple[Replay, ...]]:
+def accelerate(*names: str, model: Any) -> Iterator[tuple[Replay, ...]]:
     """Run other libraries' explanations of CLIP models faster, with the same numbers.
 
-    libraries: "captum", "pytorch_grad_cam", "quantus", "torchcam"; all that are installed where none is named.
+    names: "captum", "pytorch_grad_cam", "quantus", "torchcam"; all that are installed where none is named.
     model: what `clipfast.load` takes, the very module that the libraries' forward functions run, or several of them.
 
     Gives a `Replay` a model, whose counters say how often it stood in. A model whose stand-in does not agree with its
@@ -128,7 +135,7 @@ def accelerate(*libraries: str, model: Any) -> Iterator[tuple[Replay, ...]]:
     Raises InputError for an unknown library, one that is not installed and one that is built differently from what is
     known; ModelError for a model that has no vision transformer.
     """
-    chosen = [library(name) for name in libraries or _installed()]
+    chosen = [library(name) for name in names or [name for name, known in LIBRARIES.items() if known.version()]]
     models = [load(one) for one in (model if isinstance(model, list | tuple) else [model])]
     with ExitStack() as stack:
         found = tuple(stack.enter_context(standing_in(Replay(one))) for one in models)
@@ -144,14 +151,29 @@ def accelerated() -> list[str]:
         return sorted(f"{kind.__module__}.{kind.__qualname__}.{name}" for kind, name in _wrapped)
 
 
-def _installed() -> list[str]:
+def libraries() -> list[dict[str, Any]]:
+    """Each library that can be accelerated: its name, version (None where it is not installed), whether its classes are
+    where they are looked for, the reason where they are not, and what of it is wrapped in this process now.
+    """
     found = []
-    for name, library in LIBRARIES.items():
-        try:
-            metadata.version(library.distribution)
-        except metadata.PackageNotFoundError:
-            continue
-        found.append(name)
+    for name, known in LIBRARIES.items():
+        version = known.version()
+        reason = None
+        if version is not None:
+            try:
+                list(known.wrappers())
+            except (ImportError, InputError) as error:
+                reason = str(error)
+        now = [path for path in accelerated() if path.startswith(f"{known.package.split('.')[0]}.")]
+        found.append(
+            {
+                "library": name,
+                "version": version,
+                "known": version is not None and reason is None,
+                "reason": reason,
+                "wrapped": now,
+            }
+        )
     return found
 
 

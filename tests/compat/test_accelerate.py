@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import clipfast
 from clipfast.compat import accelerate as module
-from clipfast.compat.accelerate import LIBRARIES, Library, accelerate, accelerated
+from clipfast.compat.accelerate import LIBRARIES, Library, accelerate, accelerated, libraries
 from clipfast.errors import InputError, ModelError
 
 # captum and pytorch-grad-cam warn of what they do by themselves.
@@ -353,6 +353,19 @@ def test_other_models_are_untouched(clip, on):
                 run()
         else:
             run()
+
+
+def test_what_is_there_is_said(clip, monkeypatch):
+    monkeypatch.setitem(module.LIBRARIES, "gone", Library("gone", "no-such-distribution", (), ()))
+    monkeypatch.setitem(module.LIBRARIES, "changed", Library("captum", "captum", ("captum.attr:Nothing",), ("x",)))
+    with accelerate("captum", model=clip):
+        found = {one["library"]: one for one in libraries()}
+    assert found["captum"]["known"]
+    assert "captum.attr._core.saliency.Saliency.attribute" in found["captum"]["wrapped"]
+    assert found["gone"]["version"] is None
+    assert not found["gone"]["known"]
+    assert "no captum.attr:Nothing" in found["changed"]["reason"]
+    assert not found["quantus"]["wrapped"]
 
 
 def test_the_demo_model_by_its_name_in_python():
