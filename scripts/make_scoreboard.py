@@ -3,8 +3,9 @@
     python scripts/make_scoreboard.py              hours; stopped, it goes on where it was
     python scripts/make_scoreboard.py --limit 4    all of it on four scenes, to see that it works
 
-Where an object is, is asked of 2,000 scenes; what runs the model for every pixel that goes, and methods that take
-hundreds of passes, of the first 200 of them; what explains again and again, of the first 50. Rows are kept in
+Where an object is, is asked of 2,000 scenes; what runs the model for every pixel that goes, words, what is absent or
+pasted, and methods that take hundreds of passes, of the first 200 of them; what explains again and again, of the first
+50. Rows are kept in
 runs/scoreboard, which `clipfast eval --compare` reads; page and figures go to docs/scoreboard.
 """
 
@@ -27,7 +28,9 @@ from clipfast.view.files import write_file
 SCENES = "scenes:1"
 # Methods that run the model on hundreds of masked images for one explanation.
 SLOW = ("score_cam", "gscore_cam", "group_cam", "rise", "kernel_shap")
-AGAIN = ("stability/ssim", "sanity/cascade")
+NOISE, CASCADE = "stability/ssim", "sanity/cascade"
+# Methods whose maps are shares of the score, which alone can add up to it.
+SHARES = ("integrated_gradients",)
 STEPS = {"deletion+insertion/rise": "deletion+insertion/rise:steps=28"}
 
 
@@ -42,15 +45,22 @@ def main() -> None:
     tower, _ = model.towers()
     methods = [name for name, m in METHODS.items() if "image" in m.sides() and isinstance(tower, m.reads)]
     fast = [name for name in methods if name not in SLOW]
-    once = [name for name in PROTOCOLS if name not in AGAIN]
+    readers = [name for name, m in METHODS.items() if "text" in m.sides()]
+    once = [name for name, entry in PROTOCOLS.items() if entry.side == "image" and not entry.again]
     still = [name for name in once if not PROTOCOLS[name].runs_model]
-    perturbed = [STEPS.get(name, name) for name in once if PROTOCOLS[name].runs_model]
+    perturbed = [STEPS.get(n, n) for n in once if PROTOCOLS[n].runs_model and n != "completeness"]
+    words = [name for name, entry in PROTOCOLS.items() if entry.side == "text" and not entry.again]
+    twice = [name for name, entry in PROTOCOLS.items() if entry.again and "labels" in entry.needs]
     parts = [
         ("localisation", 2000, fast, still),
         ("faithfulness", 200, fast, perturbed),
         ("slow methods", 200, [name for name in methods if name in SLOW], [*still, *perturbed]),
-        ("noise", 50, [name for name in methods if name != "rise"], [AGAIN[0]]),
-        ("cascade", 50, [name for name in methods if name not in SLOW], [AGAIN[1]]),
+        ("completeness", 200, [name for name in SHARES if name in methods], ["completeness"]),
+        ("absent and pasted", 200, fast, twice),
+        ("words", 200, readers, words),
+        ("noise", 50, [name for name in methods if name != "rise"], [NOISE]),
+        ("cascade", 50, fast, [CASCADE]),
+        ("cascade of words", 50, [name for name in readers if name not in SLOW], ["sanity/cascade/words"]),
     ]
     found = []
     for title, count, some, protocols in parts:
