@@ -103,8 +103,10 @@ class ShardWriter:
         """Put the files in their places and then the marker, each synced to the disk; returns the marker as written.
 
         marker: what the caller knows of the shard; `images`, `rows`, `files` (bytes by name) and `seconds.write` are
-        entered here. Raises OutputError where something could not be written; then nothing is committed.
+        entered here, and `seconds.total`, where it is given, grows by what committing takes. Raises OutputError where
+        something could not be written; then nothing is committed.
         """
+        begun = time.perf_counter()
         self._finish()
         self._raise()
         started = time.perf_counter()
@@ -116,7 +118,10 @@ class ShardWriter:
                 for each in (self._maps, self._features)
                 if each.rows
             }
-            seconds = {**marker.get("seconds", {}), "write": round(self._seconds + time.perf_counter() - started, 4)}
+            now = time.perf_counter()
+            seconds = {**marker.get("seconds", {}), "write": round(self._seconds + now - started, 4)}
+            if "total" in seconds:
+                seconds["total"] = round(seconds["total"] + now - begun, 4)
             written = {**marker, "images": self.images, "rows": self._maps.rows, "files": files, "seconds": seconds}
             write_file(self._marker, json.dumps(written, indent=1).encode(), durable=True)
             self._committed = True

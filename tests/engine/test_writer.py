@@ -156,6 +156,15 @@ def test_a_shard_without_images_has_a_marker_alone(tmp_path: Path) -> None:
     assert (marker["images"], marker["rows"], marker["files"]) == (0, 0, {})
 
 
+def test_waiting_for_the_writer_counts(explained: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = ShardWriter._write
+    monkeypatch.setattr(ShardWriter, "_write", lambda self, batch: (time.sleep(0.2), write(self, batch)))
+    with ShardWriter(tmp_path, "s") as writer:
+        writer.add(explained())
+        seconds = writer.commit({"seconds": {"total": 100.0, "decode": 5.0}})["seconds"]
+    assert 0.2 < seconds["write"] < 50 and 100.15 < seconds["total"] < 150 and seconds["decode"] == 5
+
+
 def test_abort_leaves_nothing(explained: Make, tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "s")
     writer.add(explained())
