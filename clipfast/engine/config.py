@@ -53,7 +53,7 @@ class RunConfig:
     def digest(self) -> str:
         """16 hexadecimal digits, the same for equal configurations on every machine."""
         text = json.dumps([FORMAT, self.to_json()], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """The fields in which `other` differs, nested ones by dotted names: (the value here, the value there)."""

@@ -155,8 +155,8 @@ class RunFolder:
         """Rewrite summary.json, and errors.jsonl with a line for each error. Raises OSError as files do."""
         lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
         with self._door():
-            write_file(self.path / ERRORS, lines.encode())
-            return write_file(self.path / SUMMARY, (json.dumps(summary, ensure_ascii=False, indent=1) + "\n").encode())
+            write_file(self.path / ERRORS, _encoded(lines))
+            return write_file(self.path / SUMMARY, _encoded(json.dumps(summary, ensure_ascii=False, indent=1) + "\n"))
 
     def _make(self) -> None:
         try:
@@ -197,7 +197,7 @@ class RunFolder:
             "versions": versions(),
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
-        write_file(self.path / RUN, (json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode(), durable=True)
+        write_file(self.path / RUN, _encoded(json.dumps(about, ensure_ascii=False, indent=1) + "\n"), durable=True)
 
     def _markers(self) -> set[str]:
         try:
@@ -250,6 +250,11 @@ def _lock(number: int, how: int) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
     return True
+
+
+def _encoded(text: str) -> bytes:
+    """JSON as UTF-8; what is no Unicode in a file's name becomes an escape, as JSON has them."""
+    return text.encode(errors="backslashreplace")
 
 
 def _place(shard: str) -> str:
