@@ -95,19 +95,18 @@ class Export:
         """
         left = len(self.run) if limit is None else min(limit, len(self.run))
         first = 0
-        for marker in self.run.markers:
+        for number, marker in enumerate(self.run.markers):
             count = min(marker["images"], left)
             if count:
-                self._shard(marker, first, count, progress)
+                self._shard(marker, self.run.shard_keys(number)[:count], first, progress)
             first += marker["images"]
             left -= count
         return self.written
 
-    def _shard(self, marker: dict[str, Any], first: int, count: int, progress: Callable[[int], None]) -> None:
-        numbers = range(first, first + count)
-        keys = [self.run.rows(number).keys[0] for number in numbers]
+    def _shard(self, marker: dict[str, Any], keys: list[str], first: int, progress: Callable[[int], None]) -> None:
+        numbers = range(first, first + len(keys))
         names = [self._names(safe_name(key)) for key in keys]
-        stem = marker["shard"] if count == marker["images"] else f"{marker['shard']}-first-{count}"
+        stem = marker["shard"] if len(keys) == marker["images"] else f"{marker['shard']}-first-{len(keys)}"
         for kind, ending, write in (("rle", "json", self._rle), ("webdataset", "tar", self._tar)):
             path = self.out / kind / f"{stem}.{ending}"
             if kind in self.kinds and self._wanted(path):

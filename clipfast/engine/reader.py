@@ -86,7 +86,17 @@ class Run:
     def keys(self) -> Iterator[str]:
         """The images' keys, in order."""
         for shard in range(len(self.markers)):
-            yield from self._keys(shard)
+            yield from self.shard_keys(shard)
+
+    def shard_keys(self, shard: int) -> list[str]:
+        """The keys of one shard's images, by its place in `markers`."""
+        if not self.markers[shard]["images"]:
+            return []
+        keys = self._file(SHARDS, shard).keys()
+        if len(keys) != self.markers[shard]["images"]:
+            raise InputError(f"{self._path(SHARDS, shard)} is damaged: it holds {len(keys)} images, its marker says "
+                             f"{self.markers[shard]['images']}.")  # fmt: skip
+        return keys
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self._number(key) is not None
@@ -225,15 +235,6 @@ class Run:
 
     def _with_rows(self) -> Iterator[int]:
         return (shard for shard, marker in enumerate(self.markers) if marker["images"])
-
-    def _keys(self, shard: int) -> list[str]:
-        if not self.markers[shard]["images"]:
-            return []
-        keys = self._file(SHARDS, shard).keys()
-        if len(keys) != self.markers[shard]["images"]:
-            raise InputError(f"{self._path(SHARDS, shard)} is damaged: it holds {len(keys)} images, its marker says "
-                             f"{self.markers[shard]['images']}.")  # fmt: skip
-        return keys
 
     def _place(self, image: str | int) -> tuple[int, int]:
         """The shard of an image and its number there."""
