@@ -108,7 +108,7 @@ def ray_workers(
     """
     if (workers is not None and workers < 1) or cpus < 0 or (gpus or 0) < 0 or cpus + (gpus or 0) == 0:
         raise InputError("Ray needs at least one worker, and some of a CPU or a GPU for each.")
-    with _connected(address) as (ray, local):
+    with connected(address) as (ray, local):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if gpus is None:
             gpus = float(any(node.get("GPU", 0) >= 1 for node in nodes))
@@ -235,7 +235,7 @@ def _worker() -> type:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[tuple[Any, bool]]:
+def connected(address: str | None) -> Iterator[tuple[Any, bool]]:
     """Ray, connected, and whether it was started here; a connection that was there before stays."""
     try:
         for name, value in _SETTINGS.items():

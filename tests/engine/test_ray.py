@@ -20,7 +20,7 @@ import clipfast
 from clipfast.data.scenes import Scenes
 from clipfast.engine.base import Shard
 from clipfast.engine.engines import on_ray
-from clipfast.engine.ray import _connected, _room, ray_job, ray_workers
+from clipfast.engine.ray import _room, connected, ray_job, ray_workers
 from clipfast.engine.sources import open_source
 from clipfast.engine.texts import Prompts
 from clipfast.engine.totals import RunError
@@ -45,7 +45,7 @@ def cluster() -> Iterator[Any]:
     home = Path.home() / ".ray" / "auth_token"
     before = home.exists()
     handler = signal.getsignal(signal.SIGTERM)
-    with _connected(None) as (ray, local):
+    with connected(None) as (ray, local):
         assert local
         assert home.exists() == before, "a token was written into the home folder"
         assert signal.getsignal(signal.SIGTERM) is handler
