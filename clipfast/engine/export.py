@@ -20,7 +20,7 @@ import json
 import re
 import secrets
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -29,20 +29,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipfast.data.images import is_image, read_image
+from clipfast.data.images import is_image
 from clipfast.data.keys import Numbering, numbered
-from clipfast.engine.base import Failure, Shard, Source
+from clipfast.engine.base import Failure
+from clipfast.engine.pictures import Pictures
 from clipfast.engine.reader import Run
-from clipfast.engine.sources import open_source
-from clipfast.engine.tars import Tars
 from clipfast.errors import ClipfastError, InputError, nearest
 from clipfast.metrics.rows import slug
 from clipfast.results import Attribution
 from clipfast.view.files import encode_image, write_file
 
 KINDS = ("png", "overlay", "npy", "labels", "rle", "webdataset")
-# File systems take names of 255 bytes; a prompt and an ending come behind.
-_NAME_BYTES = 150
+# File systems take names of 255 bytes: an image's, a prompt's, and an ending.
+_NAME_BYTES = 100
 _EIGHT_BITS = 255
 
 
@@ -83,7 +82,7 @@ class Export:
         self.threshold, self.overwrite = threshold, overwrite
         self.written = dict.fromkeys(self.kinds, 0)
         self.errors: list[Failure] = []
-        self._pictures = _Pictures(run, images) if "overlay" in kinds else None
+        self._pictures = Pictures(run, images) if "overlay" in kinds else None
         self._names = Numbering(str.lower)
 
     def __call__(
@@ -121,7 +120,7 @@ class Export:
     def _image(self, number: int, key: str, name: str, pictures: Callable[[str], Image.Image] | None) -> None:
         """The files of one image's own."""
         attribution = self.run[number]
-        prompts = numbered(map(slug, attribution.prompts(0)), str.lower)
+        prompts = numbered((_short(slug(prompt)) for prompt in attribution.prompts(0)), str.lower)
         if "png" in self.kinds:
             self._each_prompt("png", name, prompts, partial(_grey, attribution))
         if pictures is not None:
@@ -215,59 +214,6 @@ class Export:
                     tar.addfile(member, io.BytesIO(data))
 
 
-class _Pictures:
-    """The run's images, from its source opened again."""
-
-    def __init__(self, run: Run, images: str | Path | None):
-        about = run.config.source
-        place = about.get("place") if images is None else images
-        if not place or place == "-":
-            raise InputError(
-                "overlays need the images, and the run does not say where they are: name them with --images."
-            )
-        try:
-            self._source: Source = open_source(
-                place,
-                shard_size=about.get("shard_size") or 1000,
-                image_column=about.get("image_column"),
-                key_column=about.get("key_column"),
-            )
-        except (ClipfastError, OSError) as error:
-            raise InputError(
-                f"overlays need the images: {str(error).rstrip('.')}; name with --images where they are now."
-            ) from error
-        self._all: dict[str, Callable[[], bytes]] | None = None
-        self._shards: dict[str | int, Shard] = {}
-        for shard in self._source.shards():
-            self._shards |= {shard.id: shard, shard.number: shard}
-
-    def of(self, marker: dict[str, Any], keys: Iterable[str]) -> Callable[[str], Image.Image]:
-        """What gives the pictures of a shard by their keys, each once. It raises InputError for one that is gone."""
-        shard = self._shards.get(marker["shard"]) or self._shards.get(marker["number"])
-        items = iter(()) if shard is None else self._source.items(shard)
-        wanted = set(keys)
-        waiting: dict[str, Callable[[], bytes]] = {}
-
-        def picture(key: str) -> Image.Image:
-            while key not in waiting and (item := next(items, None)) is not None:
-                if not isinstance(item, Failure) and item.key in wanted:
-                    waiting[item.key] = item.read
-            read = waiting.pop(key, None) or self._elsewhere().get(key)
-            if read is None:
-                raise InputError(f"{key} is no longer where the run found it.")
-            return read_image(read(), name=key)
-
-        return picture
-
-    def _elsewhere(self) -> dict[str, Callable[[], bytes]]:
-        """All images by key: where files came or went, the source is cut into shards at other places than it was."""
-        if self._all is None:
-            every = () if isinstance(self._source, Tars) else self._source.shards()
-            items = (item for shard in every for item in self._source.items(shard))
-            self._all = {item.key: item.read for item in items if not isinstance(item, Failure)}
-        return self._all
-
-
 def safe_name(key: str) -> str:
     """A key as a path below a folder: only letters, digits, "_", "-" and "." in its parts, no picture's ending.
 
@@ -277,7 +223,11 @@ def safe_name(key: str) -> str:
     parts = [re.sub(r"[^\w.-]+", "_", part).lstrip(".") or "_" for part in key.split("/") if part] or ["_"]
     if is_image(Path(parts[-1])):
         parts[-1] = parts[-1].rpartition(".")[0]
-    return "/".join(part.encode()[:_NAME_BYTES].decode(errors="ignore") for part in parts)
+    return "/".join(_short(part) for part in parts)
+
+
+def _short(name: str) -> str:
+    return name.encode()[:_NAME_BYTES].decode(errors="ignore")
 
 
 def _spread(attribution: Attribution, prompt: int) -> np.ndarray:

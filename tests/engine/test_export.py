@@ -263,8 +263,15 @@ def test_what_cannot_be_asked(run: Run, stored: Store, explained: Make, tmp_path
 def test_names_stay_inside(key: str) -> None:
     name = safe_name(key)
     parts = name.split("/")
-    assert all(part and part[0] != "." and len(part.encode()) <= 150 for part in parts)
+    assert all(part and part[0] != "." and len(part.encode()) <= 100 for part in parts)
     assert not set(name) & set('\\:*?"<>|\0\n ')
+
+
+def test_long_names_and_prompts_fit_a_file_system(stored: Store, explained: Make, tmp_path: Path) -> None:
+    keys = ["犬" * 60 + "/" + "猫" * 200 + f"{i}.jpg" for i in range(2)]
+    run = open_run(stored([[explained(keys, 2)]], ["赤い車" * 40, "赤い車" * 41]))
+    assert Export(run, tmp_path / "out", [kind for kind in KINDS if kind != "overlay"])()["png"] == 4
+    assert len(_files(tmp_path / "out/png")) == 4 and len(_files(tmp_path / "out/npy")) == 2
 
 
 def command(*words: Any) -> Any:
