@@ -38,6 +38,7 @@ class Commands(TyperGroup):
                 error(str(failure))
             except (KeyboardInterrupt, Abort):
                 code = INTERRUPTED
+                error("interrupted; nothing was written.")
             except OSError as failure:
                 error(f"{failure.filename or 'a file'} cannot be used: {failure.strerror or failure}.")
             except Exception as failure:
@@ -45,8 +46,6 @@ class Commands(TyperGroup):
                 if sentence is None:
                     raise
                 error(sentence)
-        if code == INTERRUPTED:
-            error("interrupted; nothing was written.")
         if standalone_mode:
             sys.exit(code)
         return code

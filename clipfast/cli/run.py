@@ -209,6 +209,8 @@ def run(
             raise typer.Exit(STOPPED) from None
         except KeyboardInterrupt:
             stack.close()
+            if not (out / "run.json").exists():
+                raise
             error(f"stopped; the shards so far are in {shown(out)}/, and the same command goes on from there.")
             raise typer.Exit(INTERRUPTED) from None
     if as_json:
@@ -281,7 +283,8 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     for reason, count in list(summary["reasons"].items())[:3]:
         note(f"{count:,} failed: {reason}")
     if summary["errors"]:
-        typer.echo(f"{summary['errors']:,} images have no map; errors.jsonl says why. All is in:")
+        have = "image has" if summary["errors"] == 1 else "images have"
+        typer.echo(f"{summary['errors']:,} {have} no map; errors.jsonl says why. All is in:")
     print_paths(out)
 
 

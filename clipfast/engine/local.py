@@ -17,13 +17,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from clipfast.engine.base import Shard
 from clipfast.errors import ClipfastError
 
+if TYPE_CHECKING:
+    from clipfast.engine.base import Shard
+
 Marker = dict[str, Any]
-Outcome = tuple[Shard, Marker | Exception]
+Outcome: TypeAlias = "tuple[Shard, Marker | Exception]"
 
 
 class Work(Protocol):

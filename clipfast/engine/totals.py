@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Totals:
 
 
 def _kind(key: str, reason: str) -> str:
-    """A reason without the image it is about, so that equal ones count together."""
-    for name in (key, key.rsplit("/", 1)[-1]):
-        reason = reason.replace(name, "the image") if name else reason
+    """A reason without the image that it is about, so that equal ones count together."""
+    for name in (key, key.rpartition("/")[2]):
+        reason = re.sub(r"\S*" + re.escape(name), "the image", reason) if name else reason
     return reason
