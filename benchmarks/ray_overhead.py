@@ -2,8 +2,10 @@
 
     python benchmarks/ray_overhead.py [--rounds 3]    # writes benchmarks/results/ray_overhead.json
 
-Small shards of small images by the small demo model, so that whatever is paid a shard shows. A round's figure is the
-wall time between the first shard that is done after every worker has started, and the last; Ray itself runs already.
+Once with small shards of small images by the small demo model, so that whatever is paid a shard shows; once with shards
+that do nothing but wait, which tell what giving them out takes even where other work disturbs the machine. A round's
+figure is the wall time between the first shard that is done after every worker has started, and the last; Ray itself
+runs already.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,17 @@ from PIL import Image
 
 import clipfast
 from clipfast.data.scenes import Scenes
+from clipfast.engine.base import Shard
 from clipfast.engine.engines import on_ray
-from clipfast.engine.ray import connected
+from clipfast.engine.local import local_workers
+from clipfast.engine.ray import connected, ray_workers
 from clipfast.engine.totals import Totals
 from clipfast.engine.watch import Watch
 
 RESULTS = Path(__file__).parent / "results" / "ray_overhead.json"
 _WORKERS = 2
+# Milliseconds that a shard waits, and how many do.
+_WAIT, _WAITS = 20, 200
 
 
 class Ends(Watch):
@@ -59,6 +67,7 @@ def main() -> None:
             }
             for i in range(options.rounds)
         ]
+        waits = [{name: _waited(name) for name, _ in _ENGINES} for _ in range(options.rounds)]
     ratios = [each["ray"] / each["processes"] for each in rounds]
     shards = options.shards - _WORKERS
     found = {
@@ -70,6 +79,12 @@ def main() -> None:
         "high": round(max(ratios), 4),
         "milliseconds a shard": {
             name: round(1e3 * _WORKERS * statistics.median(each[name] for each in rounds) / shards, 1)
+            for name, _ in _ENGINES
+        },
+        "milliseconds a shard beyond its own time, of shards that wait": {
+            name: round(
+                1e3 * _WORKERS * statistics.median(each[name] for each in waits) / (_WAITS - _WORKERS) - _WAIT, 2
+            )
             for name, _ in _ENGINES
         },
         "machine": machine(),
@@ -85,6 +100,27 @@ def _seconds(photos: Path, out: Path, shard_size: int, engine: Any) -> float:
         str(photos), ["a dog", "a cat"], out, device="cpu", shard_size=shard_size, watch=ends, workers=1, **engine
     )
     return ends.times[-1] - ends.times[_WORKERS - 1]
+
+
+def _waited(name: str) -> float:
+    shards = [Shard(str(i), i, None) for i in range(_WAITS)]
+    times = []
+    if name == "ray":
+        found = ray_workers(_sleeper, shards, workers=_WORKERS)
+    else:
+        found = local_workers([partial(_sleeper, 0)] * _WORKERS, shards)
+    for _ in found:
+        times.append(time.perf_counter())
+    return times[-1] - times[_WORKERS - 1]
+
+
+def _sleeper(gpus: float) -> Callable[..., dict[str, Any]]:
+    return _sleep
+
+
+def _sleep(shard: Shard, *_: Any) -> dict[str, Any]:
+    time.sleep(_WAIT / 1e3)
+    return {}
 
 
 _ENGINES: tuple[tuple[str, dict[str, Any]], ...] = (
