@@ -51,7 +51,7 @@ class Ends(Watch):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shards", type=int, default=60)
+    parser.add_argument("--shards", type=int, default=40)
     parser.add_argument("--shard-size", type=int, default=10)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, connected(None):

@@ -28,27 +28,39 @@ from clipfast.view.files import encode_image
 RESULTS = Path(__file__).parent / "results" / "scale_costs.json"
 MODELS = ("ViT-B-32:random", "ViT-B-16:random")
 PROMPTS = (1, 10, 100)
-_IMAGES, _TRIES = 8, 4
+# Images that are timed together, how often, and how many different ones are stored.
+_IMAGES, _TRIES, _STORED = 4, 3, 20
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    scenes = [Image.fromarray(scene.image).resize((500, 375)) for scene in Scenes(_IMAGES, size=400, seed=3)]
+    scenes = [Image.fromarray(scene.image).resize((500, 375)) for scene in Scenes(_STORED, size=400, seed=3)]
     files = [encode_image(scene, "JPEG", quality=92) for scene in scenes]
     models = [_costs(name, files) for name in MODELS]
     print(json.dumps(models, indent=1))
-    RESULTS.write_text(json.dumps({"images": _IMAGES, "models": models, "machine": machine()}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps(
+            {
+                "images": _IMAGES,
+                "file_bytes": sum(map(len, files)) // len(files),
+                "models": models,
+                "machine": machine(),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def _costs(name: str, files: list[bytes]) -> dict[str, Any]:
     torch.manual_seed(0)
     model = clipfast.load(name, device="cpu")
     explainer = clipfast.Explainer(model)
-    pixels = torch.stack([decode(data, model.spec).pixels for data in files])
+    pixels = torch.stack([decode(data, model.spec).pixels for data in files[:_IMAGES]])
     texts = torch.randn(max(PROMPTS), model.towers()[0].embed_dim)
     return {
         "model": name,
-        "decode_seconds": _seconds(lambda: [decode(data, model.spec) for data in files]),
+        "decode_seconds": _seconds(lambda: [decode(data, model.spec) for data in files[:_IMAGES]]),
         "maps_seconds": {p: _seconds(partial(explainer, pixels, texts[:p])) for p in PROMPTS},
         "features_seconds": _seconds(lambda: explainer.features(pixels)),
         "bytes": _bytes(model, files),
@@ -70,8 +82,8 @@ def _bytes(model: clipfast.Model, files: list[bytes]) -> dict[str, int]:
     found = {}
     for codec in ("float16", "uint8"):
         with tempfile.TemporaryDirectory() as folder:
-            for i in range(24):
-                Path(folder, f"{i:08d}.jpg").write_bytes(files[i % len(files)])
+            for i, data in enumerate(files):
+                Path(folder, f"{i:08d}.jpg").write_bytes(data)
             texts = [f"a {thing}" for thing in names()[:10]]
             summary = clipfast.run(folder, texts, Path(folder, "maps"), model=model, maps=codec)
             found[codec] = round(summary["bytes"] / summary["maps"])
