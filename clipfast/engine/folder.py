@@ -71,6 +71,27 @@ class RunFolder:
         if not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"{self.path} cannot be written: {there} is read-only.")
 
+    def check_config(self, config: RunConfig, *, overwrite: bool = False) -> bool:
+        """Whether the folder has that configuration already.
+
+        Raises InputError, with what differs, where it has another or a damaged one, unless `overwrite`.
+        """
+        try:
+            there = self.config()
+        except InputError:
+            if not overwrite:
+                raise
+            return False
+        differences = {} if there is None else there.differences(config)
+        if differences and not overwrite:
+            raise InputError(
+                f"{self.path} holds another run: {in_words(differences)}. Write to another folder, "
+                "or begin anew in this one with --overwrite."
+            )
+        if there is None and self._markers() and not overwrite:
+            raise InputError(f"{self.path} holds maps but no {RUN}: write elsewhere, or over it with --overwrite.")
+        return there is not None and not differences
+
     @contextmanager
     def working(self, part: Part, config: RunConfig, *, overwrite: bool = False) -> Iterator[None]:
         """Hold a part of the run for as long as the context lasts, with `config` as the folder's.
@@ -170,26 +191,10 @@ class RunFolder:
         for path in leftovers(self.path):
             if path.parent == self.path:
                 path.unlink(missing_ok=True)
-        try:
-            there = self.config()
-        except InputError:
-            if not (overwrite and alone):
-                raise
-            there = None
-        if there is None and self._markers() and not overwrite:
-            raise InputError(
-                f"{self.path} holds maps but no {RUN}: write to another folder, or over it with --overwrite."
-            )
-        if there is not None and (differences := there.differences(config)):
-            if not overwrite:
-                raise InputError(
-                    f"{self.path} holds another run: {in_words(differences)}. Write to another folder, "
-                    "or begin anew in this one with --overwrite."
-                )
-            if not alone:
-                raise InputError(f"{self.path} cannot be overwritten while another run writes to it.")
-        elif there is not None:
+        if self.check_config(config, overwrite=overwrite):
             return
+        if overwrite and not alone:
+            raise InputError(f"{self.path} cannot be overwritten while another run writes to it.")
         about = {
             "format": FORMAT,
             "digest": config.digest,

@@ -161,7 +161,7 @@ class _Process:
             return
         self.pipe.close()
         if self.shard is not None or not self.started:
-            self.process.terminate()
+            self.process.kill()
 
     def bury(self) -> None:
         if not hasattr(self, "process"):
@@ -181,8 +181,9 @@ def _ready(pool: Sequence[_Process]) -> list[_Process]:
 
 def _serve(start: Callable[[], Work], pipe: Connection) -> None:
     """The life of a worker process: start, then shard after shard, until the pipe ends."""
-    # A Ctrl-C at the terminal reaches every process: the one that gives out shards decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A Ctrl-C at the terminal, or a job's end, reaches every process: the one that gives out shards decides.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow, daemon=True).start()
     # Without the other end of the pipe nobody is left to tell.
     with suppress(EOFError, OSError):

@@ -25,10 +25,10 @@ from clipfast.engine.local import local_workers
 from clipfast.engine.sources import open_source
 from clipfast.engine.storage import feature_codec, map_codec
 from clipfast.engine.texts import Prompts
-from clipfast.engine.totals import Totals
+from clipfast.engine.totals import RunError, Totals
 from clipfast.engine.watch import Stop, Watch
 from clipfast.engine.work import Job, Worker
-from clipfast.errors import InputError, OutputError
+from clipfast.errors import ClipfastError, InputError, OutputError
 from clipfast.methods import build_method
 from clipfast.metrics.zero_shot import Templates
 from clipfast.models.model import Precision
@@ -37,6 +37,8 @@ from clipfast.versions import versions
 MAX_ERROR_RATE = 0.1
 FEATURES = "int8"
 """The codec of features where they are wanted and none is named; docs/scale.md says why."""
+# Lost shards after which the others are not tried if none was computed.
+_LOST = 3
 
 
 def run(
@@ -111,8 +113,8 @@ def run(
         opened,
         prompts,
         Path(out).expanduser().absolute(),
-        model=model,
-        pretrained=pretrained,
+        model=_placed(model),
+        pretrained=_placed(pretrained),
         device=device,
         method=method,
         parameters=parameters,
@@ -169,6 +171,7 @@ def run_job(
     config = first.config(explainer)
     job = replace(job, digest=config.digest, precision=_resolved(job.precision, config.dtype))
     if dry:
+        folder.check_config(config, overwrite=overwrite)
         own = [shard for shard in listed if shard.number % part[1] == part[0]]
         there = sum(1 for _ in folder.done(own, config.digest))
         return estimate(job, explainer, own, there, max(1, len(devices))).to_json()
@@ -186,21 +189,27 @@ def run_job(
         todo = [shard for shard in own if shard.id not in done]
         watch.begins(own, todo, totals)
         totals.check(max_error_rate)
-        if engine is not None:
-            outcomes = engine(job, todo, stop, watch.images)
-        elif alone:
+        if alone or not todo:
             outcomes = in_process(Worker(replace(job, device=first.device), explainer), todo, stop, watch.images)
+        elif engine is not None:
+            outcomes = engine(job, todo, stop, watch.images)
         else:
-            outcomes = local_workers(process_starts(job, devices), todo, stop=stop, progress=watch.images)
+            starts = process_starts(job, devices[: len(todo)])
+            outcomes = local_workers(starts, todo, stop=stop, progress=watch.images)
         # Others have models of their own.
         del explainer
         begun = time.perf_counter()
         summary: dict[str, Any] | None = None
+        lost: list[Exception] = []
         try:
             with closing(outcomes):
                 for _, outcome in outcomes:
                     if isinstance(outcome, Exception):
-                        raise outcome
+                        lost.append(outcome)
+                        # One shard that kills its workers is not worth the others; what would end them all is.
+                        if type(outcome) is not ClipfastError or (len(lost) == _LOST and not fresh.shards):
+                            raise outcome
+                        continue
                     totals.add(outcome)
                     fresh.add(outcome)
                     watch.shard(totals)
@@ -218,6 +227,9 @@ def run_job(
                 if totals.shards == len(own):
                     folder.supersede(listed, part, whole=whole)
                 summary = _summarised(folder, config, listed, fresh, time.perf_counter() - begun)
+    if lost:
+        which = "1 shard" if len(lost) == 1 else f"{len(lost):,} shards"
+        raise RunError(f"{which} could not be computed; the same command tries again: {lost[0]}")
     if totals.shards < len(own):
         raise KeyboardInterrupt
     if summary is None:
@@ -238,6 +250,13 @@ def check(job: Job, part: Part, max_error_rate: float) -> None:
         raise InputError(f"part={part} must be (i, n) with i from 0 to n - 1.")
     if not 0 <= max_error_rate <= 1:
         raise InputError(f"max_error_rate={max_error_rate:g} must be a share, from 0 to 1.")
+
+
+def _placed(model: Any) -> Any:
+    """The path of a checkpoint as other processes and machines find it; all else as it is."""
+    if isinstance(model, str | Path) and Path(model).expanduser().is_file():
+        return str(Path(model).expanduser().absolute())
+    return model
 
 
 def _resolved(precision: Precision, dtype: str) -> Precision:

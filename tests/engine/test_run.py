@@ -25,7 +25,7 @@ from clipfast.engine.texts import Prompts
 from clipfast.engine.totals import RunError, Totals
 from clipfast.engine.watch import Watch
 from clipfast.engine.work import Job, Worker
-from clipfast.errors import InputError, OutputError
+from clipfast.errors import ClipfastError, InputError, OutputError
 from clipfast.models.model import Model
 
 TEXTS = ["a dog", "a red car"]
@@ -430,3 +430,22 @@ def test_an_error_of_the_disk_says_how_far_it_came(go: Go, tmp_path: Path, monke
     monkeypatch.setattr("clipfast.engine.run.in_process", failing)
     with pytest.raises(OutputError, match="1 of 3 shards are done and safe; make room, and the same command goes on"):
         go()
+
+
+def test_a_shard_that_is_lost_costs_no_other(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ordinary = in_process
+
+    def losing(*arguments: Any) -> Any:
+        for shard, marker in ordinary(*arguments):
+            if shard.number == 1:
+                (tmp_path / "maps" / "shards" / f"{shard.id}.json").unlink()
+                yield shard, ClipfastError("3 processes died of it.")
+            else:
+                yield shard, marker
+
+    monkeypatch.setattr("clipfast.engine.run.in_process", losing)
+    with pytest.raises(RunError, match=r"^1 shard could not be computed.*3 processes died of it"):
+        go()
+    assert json.loads((tmp_path / "maps" / "summary.json").read_text())["shards"] == 2
+    monkeypatch.undo()
+    assert go()["this_run"]["shards"] == 1
