@@ -5,6 +5,7 @@
 #   make bench  the benchmarks, beside the libraries they are compared with; BENCH=benchmarks/bench_mmel.py for one of them
 #   make gallery    the documentation's pictures, with the demo model
 #   make scoreboard  every method by every protocol with the demo model, in hours; stopped, it goes on where it was
+#   make roar   accuracy after removing what four methods mark and training anew, in an hour
 #   make gpu-check  what needs a GPU: every fast path checked and timed, figures in benchmarks/results/
 #   make wheel  sdist and wheel in dist/
 # VENV names another environment, PYTHON the interpreter that makes it, BUILD what must be built (see setup.py).
@@ -26,7 +27,7 @@ CPP := $(NATIVE) $(wildcard tests/ops/*/*.h)
 RESULTS ?= benchmarks/results/local.json
 BENCH ?= benchmarks
 
-.PHONY: demo test lint format bench gallery scoreboard gpu-check wheel clean
+.PHONY: demo test lint format bench gallery scoreboard roar gpu-check wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clipfast demo
@@ -59,6 +60,9 @@ gallery: $(VENV)/.installed
 
 scoreboard: $(VENV)/.dev
 	$(BIN)/python scripts/make_scoreboard.py $(ARGS)
+
+roar: $(VENV)/.dev
+	$(BIN)/python scripts/make_roar.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

@@ -27,6 +27,7 @@ from clipfast.metrics.localisation import (
 )
 from clipfast.metrics.occlusion import Occlusion
 from clipfast.metrics.perturbation import Confidence, CurvesCosine, CurvesGradEclip, CurvesRise
+from clipfast.metrics.road import Road
 from clipfast.metrics.sanity import ClassSensitivity, SanityCascade, SanityWordCascade
 from clipfast.metrics.stability import StabilitySsim
 from clipfast.metrics.typographic import PastedWord
@@ -72,6 +73,7 @@ PROTOCOLS: dict[str, Entry] = {
     "deletion+insertion/grad_eclip": Entry(CurvesGradEclip, work.on_originals, _LABELS, runs_model=True),
     "occlusion": Entry(Occlusion, _on_texts, runs_model=True),
     "infidelity": Entry(Infidelity, work.on_perturbed, runs_model=True),
+    "road": Entry(Road, work.on_perturbed, runs_model=True),
     "completeness": Entry(Completeness, work.on_baselines, runs_model=True),
     "stability/ssim": Entry(StabilitySsim, work.on_noise, again=True),
     "sanity/cascade": Entry(SanityCascade, work.on_copies, again=True),
