@@ -1,15 +1,14 @@
-"""What an image and a map cost a data-set run, for docs/scale.md: seconds of one core, and bytes on the disk.
+"""What an image costs a data-set run, for docs/scale.md: seconds of one core.
 
     python benchmarks/scale_costs.py    # writes benchmarks/results/scale_costs.json
 
 Seconds are the processor's, of one thread, so that other work on the machine does not count, and the least of several
-tries; models have random weights. Bytes are those of the files that a run writes, per row, keys and geometry included.
+tries; models have random weights.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,19 +21,18 @@ from PIL import Image
 
 import clipfast
 from clipfast.data.decode import decode
-from clipfast.data.scenes import Scenes, names
+from clipfast.data.scenes import Scenes
 from clipfast.view.files import encode_image
 
 RESULTS = Path(__file__).parent / "results" / "scale_costs.json"
 MODELS = ("ViT-B-32:random", "ViT-B-16:random")
 PROMPTS = (1, 10, 100)
-# Images that are timed together, how often, and how many different ones are stored.
-_IMAGES, _TRIES, _STORED = 4, 3, 20
+_IMAGES, _TRIES = 4, 3
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    scenes = [Image.fromarray(scene.image).resize((500, 375)) for scene in Scenes(_STORED, size=400, seed=3)]
+    scenes = [Image.fromarray(scene.image).resize((500, 375)) for scene in Scenes(_IMAGES, size=400, seed=3)]
     files = [encode_image(scene, "JPEG", quality=92) for scene in scenes]
     models = [_costs(name, files) for name in MODELS]
     print(json.dumps(models, indent=1))
@@ -56,14 +54,13 @@ def _costs(name: str, files: list[bytes]) -> dict[str, Any]:
     torch.manual_seed(0)
     model = clipfast.load(name, device="cpu")
     explainer = clipfast.Explainer(model)
-    pixels = torch.stack([decode(data, model.spec).pixels for data in files[:_IMAGES]])
+    pixels = torch.stack([decode(data, model.spec).pixels for data in files])
     texts = torch.randn(max(PROMPTS), model.towers()[0].embed_dim)
     return {
         "model": name,
-        "decode_seconds": _seconds(lambda: [decode(data, model.spec) for data in files[:_IMAGES]]),
+        "decode_seconds": _seconds(lambda: [decode(data, model.spec) for data in files]),
         "maps_seconds": {p: _seconds(partial(explainer, pixels, texts[:p])) for p in PROMPTS},
         "features_seconds": _seconds(lambda: explainer.features(pixels)),
-        "bytes": _bytes(model, files),
     }
 
 
@@ -75,19 +72,6 @@ def _seconds(call: Callable[[], object]) -> float:
         call()
         tries.append(time.process_time() - start)
     return round(min(tries) / _IMAGES, 5)
-
-
-def _bytes(model: clipfast.Model, files: list[bytes]) -> dict[str, int]:
-    """Bytes a map of ten prompts, by codec."""
-    found = {}
-    for codec in ("float16", "uint8"):
-        with tempfile.TemporaryDirectory() as folder:
-            for i, data in enumerate(files):
-                Path(folder, f"{i:08d}.jpg").write_bytes(data)
-            texts = [f"a {thing}" for thing in names()[:10]]
-            summary = clipfast.run(folder, texts, Path(folder, "maps"), model=model, maps=codec)
-            found[codec] = round(summary["bytes"] / summary["maps"])
-    return found
 
 
 if __name__ == "__main__":

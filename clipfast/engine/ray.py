@@ -101,8 +101,8 @@ def ray_workers(
         one on this machine, which ends with the iteration.
     attempts: how many workers may die of a shard before it is given up. An exception that a worker raises is handed
         on at the first time.
-    patience: seconds that may pass without any worker being there. stop: asked now and then; if true, shards under way
-        are finished and no more are begun.
+    patience: seconds that may pass without a machine for any worker. stop: asked now and then; if true, shards under
+        way are finished and no more are begun.
 
     Raises InputError where Ray is not installed, the cluster cannot be reached, or it has no room for a single worker;
     RunError where workers do not start for another reason, or keep dying before they finish anything; clipfast's own
@@ -125,10 +125,14 @@ def ray_workers(
 
 @dataclass
 class _Actor:
-    """A worker. task: what is awaited of it: its start (shard None), or a shard for the n-th time; None if it idles."""
+    """A worker. task: what is awaited of it: to be placed, to start, or a shard for the n-th time; None if it idles.
+
+    placed: it has a machine; from there on, its start may take as long as loading or fetching a model takes.
+    """
 
     handle: Any
     task: Any
+    placed: bool = False
     shard: Shard | None = None
     attempt: int = 0
 
@@ -156,10 +160,9 @@ class _Pool:
                 if actor.task is None and waiting:
                     actor.shard, actor.attempt = waiting.popleft()
                     actor.task = actor.handle.work.remote(actor.shard)
-            busy = sum(actor.shard is not None for actor in self._actors)
-            if not busy and not waiting:
+            if not waiting and not any(actor.shard for actor in self._actors):
                 return
-            if busy:
+            if any(actor.placed for actor in self._actors):
                 seen = time.monotonic()
             elif time.monotonic() - seen > self._patience:
                 raise InputError(self._absent())
@@ -182,6 +185,8 @@ class _Pool:
                     raise outcome
                 elif isinstance(outcome, Exception):
                     raise RunError(f"a worker could not start: {outcome}") from outcome
+                elif not actor.placed:
+                    actor.placed, actor.task = True, actor.handle.start.remote(*self._start)
 
     def close(self) -> None:
         for actor in self._actors:
@@ -189,7 +194,7 @@ class _Pool:
 
     def _add(self) -> None:
         handle = self._kind.remote()
-        self._actors.append(_Actor(handle, handle.start.remote(*self._start)))
+        self._actors.append(_Actor(handle, handle.here.remote()))
 
     def _outcome(self, task: Any) -> Marker | Exception | None:
         """What a worker returned or raised; None if it is dead, or cannot be reached."""
@@ -218,7 +223,7 @@ class _Pool:
     def _absent(self) -> str:
         total, free = self._ray.cluster_resources(), self._ray.available_resources()
         return (
-            f"no worker could start in {self._patience:.0f} s: each needs {self._needs}, and of its "
+            f"no worker could be placed in {self._patience:.0f} s: each needs {self._needs}, and of its "
             f"{_amount(total.get('CPU', 0), total.get('GPU', 0))} the cluster has "
             f"{_amount(free.get('CPU', 0), free.get('GPU', 0))} free; end what else runs there, or ask for less."
         )
@@ -227,6 +232,9 @@ class _Pool:
 def _worker() -> type:
     # Made in a function, and so sent as code: a worker needs the clipfast that `start` names and no more of this file.
     class Worker:
+        def here(self) -> None:
+            pass
+
         def start(self, start: Callable[[float], Callable[[Shard], Marker]], gpus: float) -> None:
             self.call = start(gpus)
 

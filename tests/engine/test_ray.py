@@ -135,7 +135,7 @@ def test_a_start_that_fails_says_why(cluster: Any) -> None:
 
 def test_too_much_asked_ends_in_a_sentence(cluster: Any, tmp_path: Path) -> None:
     begun = time.monotonic()
-    with pytest.raises(InputError, match=r"no worker could start in 1 s: each needs 1000 CPUs"):
+    with pytest.raises(InputError, match=r"no worker could be placed in 1 s: each needs 1000 CPUs"):
         list(ray_workers(_work(tmp_path / "log"), _shards(""), cpus=1000, patience=1))
     assert time.monotonic() - begun < 20
     machine = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 3.0}]
