@@ -31,7 +31,7 @@ from clipfast.metrics.base import Protocol
 from clipfast.metrics.chosen import Methods, chosen_methods, chosen_protocols
 from clipfast.metrics.evaluation import Evaluation, Table
 from clipfast.metrics.registry import Side, entry_of, parse
-from clipfast.metrics.rows import Seconds, Shard, fingerprint, slug
+from clipfast.metrics.rows import Seconds, Shard, fingerprint, rows_path, rows_paths, slug
 from clipfast.metrics.work import WordWork, Work
 from clipfast.metrics.zero_shot import Templates, class_embeddings, default_templates
 from clipfast.models.digest import weights_digest
@@ -211,23 +211,22 @@ class Evaluator:
 
     def _path(self, job: Job, start: int) -> Path:
         assert self.out is not None
-        return self.out / self._folders[job] / f"{start:06d}.parquet"
+        return rows_path(self.out / self._folders[job], start, self._stop(start), self.shard)
 
     def _read(self, job: Job, start: int) -> Shard | None:
         """The rows that are there, if they are of the samples that are asked for."""
         if self.out is None:
             return None
-        path = self._path(job, start)
-        if not path.exists():
-            return None
-        found = Shard.read(path)
         stop = self._stop(start)
-        if found.stop < stop:
-            return None
-        found = found.upto(stop)
-        # A data set with another limit may have other samples under the same numbers.
+        read = [Shard.read(path) for path in rows_paths(self.out / self._folders[job], start)]
+        fitting = [one for one in (found.upto(stop) for found in read if found.stop >= stop) if self._same(one)]
+        marks = {protocol: self._marks[protocol] for protocol in self._jobs[job]}
+        return max(fitting, key=lambda one: len(marks.items() & one.marks.items()), default=None)
+
+    def _same(self, found: Shard) -> bool:
+        """Whether rows are of these samples: with another limit, others may have the same numbers."""
         ends = {0, len(found.keys) // 2, len(found.keys) - 1} if found.keys else set()
-        return found if all(self._key(found.numbers[i]) == found.keys[i] for i in ends) else None
+        return all(self._key(found.numbers[i]) == found.keys[i] for i in ends)
 
     def _key(self, number: int) -> str:
         """The key of a sample; empty for one that cannot be read."""

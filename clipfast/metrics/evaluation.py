@@ -281,7 +281,10 @@ class Evaluation:
             if folder not in read:
                 read[folder] = [Shard.read(file) for file in sorted((path.parent / folder).glob("*.parquet"))]
             shards = [s.upto(samples) for s in read[folder] if s.start < samples]
-            kept = [s for s in shards if s.marks.get(protocol) == one["mark"]]
+            marked = sorted((s for s in shards if s.marks.get(protocol) == one["mark"]), key=lambda s: s.stop)
+            # Of files that begin alike, the longest.
+            longest = {s.start: s for s in marked}
+            kept = [longest[start] for start in sorted(longest)]
             if sum(s.stop - s.start for s in kept) < samples:
                 raise InputError(
                     f"{path.parent / folder} lacks rows of {protocol} for some of {samples} samples: "

@@ -1,6 +1,7 @@
 """Rows of an evaluation on the disk: one parquet file for each method and some dozens of samples.
 
-    out/rows/METHOD-FINGERPRINT/000050.parquet      the pairs of samples 50 and following
+    out/rows/METHOD-FINGERPRINT/000050.parquet            the pairs of samples 50 to 99
+    out/rows/METHOD-FINGERPRINT/000050-000060.parquet     those of samples 50 to 59, which a limit of 60 has left
 
 A file appears whole or not at all, so an evaluation that was killed loses no more than the file it was about to write.
 The fingerprint stands for everything that the maps depend on; each protocol's own is in the file, so that a further
@@ -130,6 +131,22 @@ class Shard:
             measure={label: Seconds(**seconds) for label, seconds in about["measure"].items()},
             errors=about["errors"],
         )
+
+
+def rows_path(folder: Path, start: int, stop: int, size: int) -> Path:
+    """Where the rows of samples start..stop-1 are kept, where files are of `size` samples.
+
+    Fewer have a file of their own: a run with a small limit, asked for a further protocol, must not replace the rows of
+    a larger one.
+    """
+    return folder / (f"{start:06d}.parquet" if stop - start == size else f"{start:06d}-{stop:06d}.parquet")
+
+
+def rows_paths(folder: Path, start: int) -> list[Path]:
+    """All files whose rows begin with sample `start`, that of the most samples first."""
+    return [path for path in (folder / f"{start:06d}.parquet",) if path.exists()] + sorted(
+        folder.glob(f"{start:06d}-*.parquet"), reverse=True
+    )
 
 
 def fingerprint(**settings: Any) -> str:

@@ -232,6 +232,20 @@ def test_what_changes_the_maps_is_measured_anew_and_nothing_else(
     assert left(data=Others(4)) == 4
 
 
+def test_a_smaller_limit_leaves_the_rows_of_a_larger_one(model: Model, tmp_path: Path) -> None:
+    large = evaluate(model, Few(6), ["grad_eclip"], ["gini"], out=tmp_path, shard=4)
+    large.save(tmp_path)
+    # The further protocol is measured on three of the four samples of the first file.
+    small = evaluate(model, Few(6), ["grad_eclip"], ["gini", "pointing_game"], limit=3, out=tmp_path, shard=4)
+    assert Evaluator(model, Few(6), ["grad_eclip"], ["gini"], out=tmp_path, shard=4).left() == 0
+    both = ["gini", "pointing_game"]
+    assert Evaluator(model, Few(6), ["grad_eclip"], both, limit=3, out=tmp_path, shard=4).left() == 0
+    assert Evaluator(model, Few(6), ["grad_eclip"], both, out=tmp_path, shard=4).left() == 6
+    assert Evaluation.load(tmp_path).figures("grad_eclip", "gini") == large.figures("grad_eclip", "gini")
+    small.save(tmp_path)
+    assert Evaluation.load(tmp_path).figures("grad_eclip", "gini") == small.figures("grad_eclip", "gini")
+
+
 def test_a_further_protocol_adds_columns_to_the_same_files(model: Model, tmp_path: Path) -> None:
     first = evaluate(model, Few(4), ["grad_eclip"], ["gini"], out=tmp_path)
     both = evaluate(model, Few(4), ["grad_eclip"], ["gini", "pointing_game"], out=tmp_path)
