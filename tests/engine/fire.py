@@ -1,7 +1,8 @@
 """A process that imports once and then runs a tiny model in forks of itself, which may be killed at any moment.
 
-Reads a JSON object a line: the arguments of `clipfast.run`; "kill_after": seconds after which "signal" is sent; and
-"largest_file" in bytes. Answers with a line: the fork's status as `waitpid` gives it, and how many seconds it lived.
+Reads a JSON object a line: the arguments of `clipfast.run`; "kill_after" in seconds or "after_shards", when "signal" is
+sent; and "largest_file" in bytes. Answers with a line: the fork's status as `waitpid` gives it, and the seconds that it
+lived.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,12 +67,17 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         kill_after, number = request.pop("kill_after", None), request.pop("signal", signal.SIGKILL)
+        after_shards, markers = request.pop("after_shards", None), Path(request["out"]) / "shards"
         begun = time.monotonic()
         process = os.fork()
         if process == 0:
             os._exit(child(model, request))
         if kill_after is not None:
             time.sleep(kill_after)
+            os.kill(process, number)
+        if after_shards is not None:
+            while len(list(markers.glob("[!.]*.json"))) < after_shards:
+                time.sleep(0.01)
             os.kill(process, number)
         _, status = os.waitpid(process, 0)
         print(json.dumps([status, time.monotonic() - begun]), flush=True)
