@@ -6,6 +6,7 @@
 #   make gallery    the documentation's pictures, with the demo model
 #   make scoreboard  every method by every protocol with the demo model, in hours; stopped, it goes on where it was
 #   make roar   accuracy after removing what four methods mark and training anew, in an hour
+#   make study-run  memory of a run over 20,000 images
 #   make gpu-check  what needs a GPU: every fast path checked and timed, figures in benchmarks/results/
 #   make wheel  sdist and wheel in dist/
 # VENV names another environment, PYTHON the interpreter that makes it, BUILD what must be built (see setup.py).
@@ -27,7 +28,7 @@ CPP := $(NATIVE) $(wildcard tests/ops/*/*.h)
 RESULTS ?= benchmarks/results/local.json
 BENCH ?= benchmarks
 
-.PHONY: demo test lint format bench gallery scoreboard roar gpu-check wheel clean
+.PHONY: demo test lint format bench gallery scoreboard roar study-run gpu-check wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clipfast demo
@@ -63,6 +64,9 @@ scoreboard: $(VENV)/.dev
 
 roar: $(VENV)/.dev
 	$(BIN)/python scripts/make_roar.py $(ARGS)
+
+study-run: $(VENV)/.dev
+	$(BIN)/python scripts/study_run.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
