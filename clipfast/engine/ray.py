@@ -29,13 +29,11 @@ from clipfast.errors import ClipfastError, InputError
 
 # Shards and markers travel within Ray's messages: nothing of them needs shared memory, of which Ray takes a third else.
 _OBJECT_STORE = 80 << 20
-# Read when Ray is imported or started: it reports nothing home, prints nothing among a command's results on stdout, and
-# its workers are no less important than processes of our own would be.
+# Read when Ray is imported, so that it reports nothing home and prints nothing among a command's results on stdout.
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",
 }
 # Deaths for each worker without a shard finished between, after which no more are tried.
 _DEATHS = 3
