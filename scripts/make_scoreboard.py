@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from clipfast.cli.console import progress
@@ -55,8 +56,8 @@ def main() -> None:
     twice = [name for name, entry in PROTOCOLS.items() if entry.again and "labels" in entry.needs]
     parts = [
         ("localisation", 2000, fast, still),
-        ("faithfulness", 200, fast, perturbed),
-        ("slow methods", 200, [name for name in methods if name in SLOW], [*still, *perturbed]),
+        ("localisation, slow methods", 200, [name for name in methods if name in SLOW], still),
+        ("faithfulness", 200, methods, perturbed),
         ("imputation", 200, methods, [ROAD]),
         ("completeness", 200, [name for name in SHARES if name in methods], ["completeness"]),
         ("absent and pasted", 200, fast, twice),
@@ -89,18 +90,21 @@ def main() -> None:
 
 
 def so_far(model: Model, rows: Path, count: int, methods: list[str], protocols: list[str]) -> list[Evaluation]:
-    """Each method on as many of the first `count` scenes as it has rows of."""
-    found = []
-    for method in methods:
+    """Each method on those of the first `count` scenes that most methods have rows of, or on as many as it has."""
+
+    def upto(limit: int, method: str) -> Evaluator:
+        return Evaluator(model, open_dataset(SCENES, limit=limit), [method], protocols, out=rows)
+
+    def available(method: str) -> int:
         limit = count
-        while limit:
-            evaluator = Evaluator(model, open_dataset(SCENES, limit=limit), [method], protocols, out=rows)
-            if not evaluator.left():
-                found.append(evaluator())
-                break
+        while limit and (left := upto(limit, method).left()):
             # Files hold 50 scenes; a part of 50 may have been measured on 25.
-            limit = max(limit - evaluator.left(), 0) // 50 * 50 or (25 if limit > 25 else 0)
-    return found
+            limit = max(limit - left, 0) // 50 * 50 or (25 if limit > 25 else 0)
+        return limit
+
+    there = {method: found for method in methods if (found := available(method))}
+    most = Counter(there.values()).most_common(1)[0][0] if there else 0
+    return [upto(min(found, most), method)() for method, found in there.items()]
 
 
 def tables(whole: Evaluation) -> str:
