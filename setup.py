@@ -33,6 +33,7 @@ MODES = ("auto", "strict", "cpu", "none")
 # tests/packaging holds this list against the tree.
 PACKAGES = [
     "clipfast",
+    "clipfast.bench",
     "clipfast.cli",
     "clipfast.compat",
     "clipfast.data",

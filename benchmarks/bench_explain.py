@@ -27,6 +27,8 @@ from peak_memory import peak_memory
 from torch import Tensor
 
 import clipfast
+from clipfast.bench.cases import relative
+from clipfast.bench.peers import autograd_maps
 from clipfast.models.model import multiplies_bfloat16
 
 MODELS = ("ViT-B-16", "ViT-B-32")
@@ -65,11 +67,6 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         explain_page.write({"machine": machine(), "models": found})
 
 
-def relative(maps: Any, exact: Any) -> float:
-    """Relative L2 distance."""
-    return float((maps.double() - exact.double()).norm() / exact.double().norm())
-
-
 def encode(model: Any, x: Tensor) -> Callable[[], Tensor]:
     def call() -> Tensor:
         with torch.no_grad():
@@ -92,31 +89,6 @@ def row(
         "seconds": round(statistics.median(seconds), 4),
         "rounds": len(ratios),
     } | more
-
-
-def autograd_maps(model: Any, x: Tensor, texts: Tensor) -> Tensor:
-    """Grad-ECLIP as published: a forward pass that keeps its graph, the last block taken apart, and for each prompt one
-    gradient towards that block's attention output. Same maps as clipfast's: (B, P, n)."""
-    visual = model.visual
-    *below, block = visual.transformer.resblocks
-    h = visual._embeds(x)
-    for layer in below:
-        h = layer(h)
-    heads = block.attn.num_heads
-    q, k, v = F.linear(block.ln_1(h), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, dim=-1)
-    split = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
-    o = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-    y = h + block.attn.out_proj(o)
-    y = y + block.mlp(block.ln_2(y))
-    z = F.normalize(visual.ln_post(y[:, 0]) @ visual.proj, dim=-1)
-    cosine = F.cosine_similarity(q[:, :1], k[:, 1:], dim=-1).detach()
-    low, high = cosine.amin(-1, keepdim=True), cosine.amax(-1, keepdim=True)
-    weighted = (v[:, 1:] * ((cosine - low) / (high - low))[..., None]).detach()
-    maps = []
-    for t in texts:
-        g = torch.autograd.grad((z @ t).sum(), o, retain_graph=True)[0][:, :1]
-        maps.append((weighted * g).sum(-1).relu())
-    return torch.stack(maps, dim=1)
 
 
 def image_by_image(model: Any, x: Tensor, texts: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -23,6 +22,7 @@ from captum.attr import LayerIntegratedGradients
 from claims import claim
 from torch import Tensor
 
+from clipfast.bench.memory import ENVIRONMENT, resident_peak
 from clipfast.methods.integrated_gradients import IntegratedGradients
 from clipfast.models.openclip import image_tower
 
@@ -114,20 +114,15 @@ def test_the_last_block() -> None:
 
 def peak(steps: int) -> int:
     """How far one call raises a fresh process's memory, in bytes, as peak_memory.py measures it."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, __file__, str(steps)]
     return int(json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout))
 
 
 def _measure(steps: int) -> int:
-    from peak_memory import _status
-
     model, x, text, _ = setting()
     ours(model, x, text, steps=2)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    ours(model, x, text, steps=steps)
-    return _status("VmHWM") - before
+    return resident_peak(lambda: ours(model, x, text, steps=steps))[0]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -211,7 +210,7 @@ def peak(steps: int) -> int:
 
 
 def _peak(steps: int) -> int:
-    from peak_memory import _status
+    from clipfast.bench.memory import resident_peak
 
     images, maps = torch.randn(IMAGES, 3, 224, 224), torch.rand(IMAGES, 1, 7, 7)
     classes = Classes(F.normalize(torch.randn(5, 3), dim=-1), 100.0, torch.arange(IMAGES) % 5)
@@ -220,10 +219,7 @@ def _peak(steps: int) -> int:
         CurvesRise(count).measure(lambda x: x.mean((2, 3)), classes, images, maps, batch=BATCH)
 
     measure(2)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    measure(steps)
-    return _status("VmHWM") - before
+    return resident_peak(lambda: measure(steps))[0]
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from claims import claim
-from paired import paired
 from torch import Tensor
 
 import clipfast
+from clipfast.bench.timer import paired
 from clipfast.methods.rise import Rise
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from paired import paired, report
+from paired import report
 from torch import Tensor
 
+from clipfast.bench.timer import paired
 from clipfast.ops.dispatch import backend
 from clipfast.ops.spatial_attribution import gradient_weighted, spatial_attribution
 

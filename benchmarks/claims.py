@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paired import machine, paired
+from paired import machine
+
+from clipfast.bench.timer import paired
 
 RESULTS = Path(__file__).parent / "results" / "methods"
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from paired import paired
 from torch import Tensor
 
 import clipfast
+from clipfast.bench.timer import paired
 
 # In the order of their worth, should time run out.
 MODELS = ("ViT-B-16", "ViT-L-14", "ViT-B-32")

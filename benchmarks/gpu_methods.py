@@ -9,24 +9,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from paired import paired
 
 import clipfast
+from clipfast.bench.cases import BOUND, BOUNDS, CHEAP
+from clipfast.bench.timer import paired
 from clipfast.methods import METHODS
 from clipfast.models.tower import ImageTower
 
 MODEL, BATCH, PROMPTS = "ViT-B-32", 32, 10
-# Rounding that an optimiser or an argument at a kink enlarges; everything else is far below.
-BOUNDS = {"m2ib": 1e-2, "gscore_cam": 1e-2, "group_cam": 1e-2}
-BOUND = 1e-4
-CHEAP: dict[str, dict[str, Any]] = {
-    "rise": {"masks": 64},
-    "kernel_shap": {"samples": 64},
-    "score_cam": {},
-    "gscore_cam": {"top": 32},
-    "smooth_grad": {"samples": 4},
-    "m2ib": {"steps": 4},
-}
 
 
 class Clock(Protocol):

@@ -1,69 +1,15 @@
-"""The one timer every benchmark uses: functions take turns (A B A B ...), so that a busy machine slows all of them
-alike.
-
-A figure worth keeping is a ratio: of each round's times, one round at a time, and then the median over the rounds.
-"""
+"""What the suites add to clipfast's own timer (`clipfast.bench.timer`): figures in pytest-benchmark's report, and the
+commit in what is said of the machine."""
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
 import subprocess
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-
-@dataclass(frozen=True)
-class Timing:
-    """The times of one function. `seconds` holds one entry a round; `ratio` is the median over the rounds of this
-    function's time over the first function's time in the same round."""
-
-    seconds: tuple[float, ...]
-    ratio: float
-
-    @property
-    def median(self) -> float:
-        """Median seconds a call."""
-        return statistics.median(self.seconds)
-
-
-def paired(functions: dict[str, Callable[[], object]], repeats: int = 7, warmup: int = 2) -> dict[str, Timing]:
-    """Time the functions in turn, `repeats` rounds after `warmup` untimed ones.
-
-    The first function is the one that `ratio` refers to. Work queued on a GPU is waited for inside each time.
-    """
-    for _ in range(warmup):
-        for function in functions.values():
-            _seconds(function)
-    rounds = [{name: _seconds(function) for name, function in functions.items()} for _ in range(repeats)]
-    first = next(iter(functions))
-    return {
-        name: Timing(
-            seconds=tuple(times[name] for times in rounds),
-            ratio=statistics.median(times[name] / times[first] for times in rounds),
-        )
-        for name in functions
-    }
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    on_gpu = torch.cuda.is_initialized()
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if on_gpu:
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - start
-    # Freed only now: giving a large result back to the system is not part of the function.
-    del result
-    return elapsed
+from clipfast import versions
+from clipfast.bench.timer import Timing, paired
 
 
 def report(
@@ -82,23 +28,7 @@ def report(
 
 def machine() -> dict[str, Any]:
     """What a figure needs beside it: processor, cores, threads, GPU, versions and commit."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {**versions.machine(), "commit": _commit()}
 
 
 def _commit() -> str | None:

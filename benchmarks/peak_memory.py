@@ -3,10 +3,7 @@
 python benchmarks/peak_memory.py ViT-B-16 encode       one encode_image without gradients
 python benchmarks/peak_memory.py ViT-B-16 1000         one Explainer call for 1000 prompts
 
-The process is fresh, the call has been made once before (weights are paged in, libraries have their workspaces), the
-peak is reset (Linux: /proc/self/clear_refs) and read again after the call. Resident pages see what a hook on one
-allocator would not: workspaces of the matrix library, numpy, copies made in C++. Allocations are kept out of the heap
-(MALLOC_MMAP_THRESHOLD_), so that freed memory goes back to the kernel and is counted anew.
+The process is fresh and the call has been made once before; `clipfast.bench.memory` counts.
 """
 
 from __future__ import annotations
@@ -15,8 +12,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+
+from clipfast.bench.memory import ENVIRONMENT, resident_peak
 
 BATCH, PIXELS = 4, 224
 
@@ -24,7 +22,7 @@ BATCH, PIXELS = 4, 224
 def peak_memory(model: str, what: str, repeats: int = 3) -> dict[str, int]:
     """`increase`: bytes that the call adds at its peak, its results included; `results`: bytes of those. The median of
     `repeats` fresh processes. `what`: "encode", or a number of prompts."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, __file__, model, what]
     runs = [
         json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
@@ -57,15 +55,8 @@ def _measure(name: str, what: str) -> dict[str, int]:
             return [found.maps, found.scores]
 
     call()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    results = call()
-    return {"increase": _status("VmHWM") - before, "results": sum(t.nbytes for t in results)}
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+    increase, results = resident_peak(call)
+    return {"increase": increase, "results": sum(t.nbytes for t in results)}
 
 
 if __name__ == "__main__":

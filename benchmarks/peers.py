@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from paired import paired
 from torch import Tensor, nn
 
 FOLDER = Path(os.environ.get("CLIPFAST_PEERS", Path(__file__).parent.parent / "build" / "peers"))
@@ -125,6 +124,8 @@ def measure(name: str, architecture: str, rounds: int) -> dict[str, Any]:
     """Times `encode_image` and the peer's maps for each of PROMPTS in turn."""
     import open_clip
 
+    from clipfast.bench.timer import paired
+
     torch.manual_seed(0)
     x = torch.randn(BATCH, 3, PIXELS, PIXELS)
     models = [open_clip.create_model(architecture).eval() for _ in range(2)]
@@ -173,7 +174,9 @@ def run(name: str, architecture: str, rounds: int) -> dict[str, Any]:
     if not interpreter.exists():
         raise FileNotFoundError(f"{PEERS[name][2]} is not installed: python benchmarks/peers.py install")
     command = [str(interpreter), __file__, name, architecture, "--rounds", str(rounds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The timer is in a package that is not installed there.
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{PEERS[name][2]} failed:\n{done.stderr[-2000:]}")
     # LeGrad prints on its way.

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from clipfast.cli.ask import ask
+from clipfast.cli.bench import bench
 from clipfast.cli.demo import demo
 from clipfast.cli.doctor import doctor
 from clipfast.cli.eval import evaluate
@@ -25,6 +26,7 @@ app.command()(run)
 app.command()(ask)
 app.command()(export)
 app.command("eval")(evaluate)
+app.command()(bench)
 for listing in (models, methods, doctor):
     app.command()(listing)
 

@@ -43,6 +43,7 @@ def examine() -> dict[str, Any]:
     from clipfast.models.demo import WEIGHTS
     from clipfast.models.model import multiplies_bfloat16
     from clipfast.ops import dispatch
+    from clipfast.versions import cpu_name
 
     try:
         chosen = dispatch.chosen()
@@ -51,7 +52,7 @@ def examine() -> dict[str, Any]:
     devices = [
         {
             "device": "cpu",
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gb": _gigabytes(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
@@ -170,14 +171,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _gigabytes(count: int) -> float:

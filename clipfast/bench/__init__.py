@@ -1,0 +1,1 @@
+"""What explaining costs on a machine: methods timed in turn with the model's bare encode, once their maps are right."""
