@@ -44,12 +44,13 @@ def test_the_roofline_is_a_product(one_thread: None) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
 def test_the_peak_of_resident_memory_sees_what_is_freed_again() -> None:
     def call() -> torch.Tensor:
-        return torch.ones(8_000_000).sum()
+        return torch.ones(24_000_000).sum()
 
     call()
     added, result = resident_peak(call)
-    assert float(result) == 8_000_000
-    assert 28e6 < added < 60e6
+    assert float(result) == 24_000_000
+    # Above 32 MB the allocator always gives memory back, whatever was freed before.
+    assert 90e6 < added < 130e6
 
 
 def test_functions_take_turns() -> None:
