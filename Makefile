@@ -52,6 +52,7 @@ bench: $(VENV)/.bench
 	mkdir -p $(dir $(RESULTS))
 	$(BIN)/python -m pytest $(BENCH) -o python_files='bench_*.py' -o filterwarnings=default --benchmark-json=$(RESULTS) -s $(ARGS)
 	$(BIN)/python benchmarks/methods_page.py
+	$(BIN)/python benchmarks/readme_figures.py
 
 gallery: $(VENV)/.installed
 	$(BIN)/python scripts/make_pictures.py

@@ -27,7 +27,7 @@ from clipfast.models.load import load
 from clipfast.models.model import Model
 from clipfast.view.files import write_file
 
-SCENES = "scenes:1"
+SCENES = "scenes:1:2000"
 # Methods that run the model on hundreds of masked images for one explanation.
 SLOW = ("score_cam", "gscore_cam", "group_cam", "rise", "kernel_shap")
 ROAD, NOISE, CASCADE = "road", "stability/ssim", "sanity/cascade"
