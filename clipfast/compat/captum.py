@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from clipfast.compat.accelerate import library, replay_of, running
+from clipfast.compat.accelerate import faster_classes, library, replay_of, running
 from clipfast.compat.replay import Replay
 from clipfast.models.load import load
 from clipfast.models.model import Model
@@ -70,16 +70,6 @@ def fast_gradient_func(model: Any) -> Callable[..., tuple[Tensor, ...]]:
     return gradient_func
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    library("captum")
-    import captum.attr
-
-    # Made once, so that isinstance and pickle know it.
-    return globals().setdefault(name, _faster(getattr(captum.attr, name)))
-
-
 def _faster(kind: Any) -> type:
     """A captum class that takes clipfast models for forward functions, and whose `attribute` runs the stand-in."""
     original = kind.attribute
@@ -100,6 +90,7 @@ def _faster(kind: Any) -> type:
 
     # captum's classes, NoiseTunnel above all, call one another through `__wrapped__`.
     functools.update_wrapper(Faster.attribute, original).__wrapped__ = replayed
-    Faster.__name__ = Faster.__qualname__ = kind.__name__
-    Faster.__doc__ = kind.__doc__
     return Faster
+
+
+__getattr__ = faster_classes(__name__, __all__, "captum.attr", _faster)

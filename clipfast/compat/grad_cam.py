@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clipfast.api import Explainer
-from clipfast.compat.accelerate import library, replay_of, running
+from clipfast.compat.accelerate import faster_classes, replay_of, running
 from clipfast.compat.score import Score
 from clipfast.errors import InputError, ModelError
 
@@ -109,15 +109,6 @@ class GradECLIP:
         return _unit(large).float().cpu().numpy()
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    library("pytorch_grad_cam")
-    import pytorch_grad_cam
-
-    return globals().setdefault(name, _faster(getattr(pytorch_grad_cam, name)))
-
-
 def _faster(kind: Any) -> type:
     """A class of the library around the stand-in for the model's tower."""
 
@@ -143,9 +134,10 @@ def _faster(kind: Any) -> type:
             kept.gradients = [g.float() for g in kept.gradients]
             return super().compute_cam_per_layer(*args)
 
-    Faster.__name__ = Faster.__qualname__ = kind.__name__
-    Faster.__doc__ = kind.__doc__
     return Faster
+
+
+__getattr__ = faster_classes(__name__, __all__, "pytorch_grad_cam", _faster)
 
 
 def _one_an_image(targets: Targets, x: Tensor) -> None:

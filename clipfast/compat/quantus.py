@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from clipfast.api import Explainer
-from clipfast.compat.accelerate import library, replay_of, running
+from clipfast.compat.accelerate import faster_classes, replay_of, running
 from clipfast.compat.score import Score
 from clipfast.errors import InputError, ModelError
 from clipfast.metrics.road import impute
@@ -83,15 +83,6 @@ def noisy_linear_imputation(arr: np.ndarray, indices: Any, noise: float = 0.01, 
     return filled.reshape(arr.shape).astype(arr.dtype)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    library("quantus")
-    import quantus
-
-    return globals().setdefault(name, _faster(getattr(quantus, name)))
-
-
 def _faster(kind: Any) -> type:
     """A metric of Quantus' whose model runs on the stand-in, and whose steps are packed."""
 
@@ -111,9 +102,10 @@ def _faster(kind: Any) -> type:
                 return super().evaluate_batch(*args, model=model, **kwargs)
             return _packed(lambda one: super(Faster, self).evaluate_batch(*args, model=one, **kwargs), model)
 
-    Faster.__name__ = Faster.__qualname__ = kind.__name__
-    Faster.__doc__ = kind.__doc__
     return Faster
+
+
+__getattr__ = faster_classes(__name__, __all__, "quantus", _faster)
 
 
 def _packed(evaluate: Callable[[Any], Any], model: Any) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.api import Explainer
-from clipfast.compat.accelerate import library, replay_of, running
+from clipfast.compat.accelerate import faster_classes, replay_of, running
 from clipfast.compat.score import Score
 from clipfast.errors import InputError, ModelError
 
@@ -112,15 +112,6 @@ class LeGrad:
         return low / (low.flatten(1).amax(1)[:, None, None] + 1e-8)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    library("torchcam")
-    import torchcam.metrics
-
-    return globals().setdefault(name, _faster(getattr(torchcam.metrics, name)))
-
-
 def _faster(kind: Any) -> type:
     """A metric of torchcam's whose model runs on the stand-in."""
 
@@ -129,6 +120,7 @@ def _faster(kind: Any) -> type:
             with running(replay_of(self.cam_extractor.model)):
                 super().update(*args, **kwargs)
 
-    Faster.__name__ = Faster.__qualname__ = kind.__name__
-    Faster.__doc__ = kind.__doc__
     return Faster
+
+
+__getattr__ = faster_classes(__name__, __all__, "torchcam.metrics", _faster)
