@@ -46,7 +46,13 @@ def images(count: int = BATCH) -> Tensor:
 
 
 def compare(
-    name: str, title: str, score: Score, library: str, calls: dict[str, tuple[Call, float]], batch: int
+    name: str,
+    title: str,
+    score: Score,
+    library: str,
+    calls: dict[str, tuple[Call, float]],
+    batch: int,
+    close: float = 1e-5,
 ) -> None:
     """Each call plain and accelerated, with the encode of as many images first; at_most is of the two's ratio."""
     module: Any = score.module
