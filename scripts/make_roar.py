@@ -133,7 +133,7 @@ def curves(roar: Roar, orders: dict[str, Any]) -> bytes:
             shares, [p["low"] for p in points], [p["high"] for p in points], color=line.get_color(), alpha=0.12, lw=0
         )
     axes.set(xlabel="share of pixels that is gone", ylabel="accuracy after retraining", ylim=(0, 1), xlim=(0, 0.9))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
