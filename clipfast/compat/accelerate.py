@@ -118,9 +118,20 @@ LIBRARIES = {
     ),
 }
 
+
+@dataclass
+class _Patch:
+    """An attribute that is replaced: whose, by what, what was in its place (None for nothing), how many use it."""
+
+    owner: Any
+    made: Any
+    before: Any
+    users: int = 0
+
+
 _lock = threading.RLock()
-_wrapped: dict[tuple[type, str], list[Any]] = {}  # what was there, how many use it
-_standing_in: dict[int, list[Any]] = {}  # by the visual module's id: Replay, how many use it
+# By the id of the class or module, and the attribute's name.
+_patches: dict[tuple[int, str], _Patch] = {}
 
 
 @contextmanager
@@ -142,14 +153,15 @@ def accelerate(*names: str, model: Any) -> Iterator[tuple[Replay, ...]]:
         found = tuple(stack.enter_context(standing_in(Replay(one))) for one in models)
         for one in chosen:
             for kind, name, faster in one.wrappers():
-                stack.enter_context(_wrap(kind, name, faster))
+                stack.enter_context(_patched(kind, name, faster))
         yield found
 
 
 def accelerated() -> list[str]:
     """What is wrapped in this process now, as "package.Class.method"."""
     with _lock:
-        return sorted(f"{kind.__module__}.{kind.__qualname__}.{name}" for kind, name in _wrapped)
+        kinds = [(patch.owner, name) for (_, name), patch in _patches.items() if isinstance(patch.owner, type)]
+    return sorted(f"{kind.__module__}.{kind.__qualname__}.{name}" for kind, name in kinds)
 
 
 def libraries() -> list[dict[str, Any]]:
@@ -231,28 +243,14 @@ def faster_classes(
 @contextmanager
 def standing_in(replay: Replay) -> Iterator[Replay]:
     """Let `replay` be its tower's forward; where one is already, that one stays."""
-    visual = replay.visual
     with _lock:
-        entry = _standing_in.get(id(visual))
-        if entry is None:
-            if (reason := replay.why_not()) is not None:
-                warnings.warn(f"{replay.model.name} is not accelerated: {reason}.", stacklevel=4)
-                yield replay
-                return
-            entry = _standing_in[id(visual)] = [replay, 0, vars(visual).get("forward")]
-            visual.forward = replay
-        entry[1] += 1
-    try:
-        yield entry[0]
-    finally:
-        with _lock:
-            entry[1] -= 1
-            if not entry[1]:
-                del _standing_in[id(visual)]
-                if entry[2] is None:
-                    del visual.forward
-                else:
-                    visual.forward = entry[2]
+        reason = None if (id(replay.visual), "forward") in _patches else replay.why_not()
+    if reason is not None:
+        warnings.warn(f"{replay.model.name} is not accelerated: {reason}.", stacklevel=4)
+        yield replay
+        return
+    with _patched(replay.visual, "forward", lambda _: replay) as found:
+        yield found
 
 
 @contextmanager
@@ -266,21 +264,26 @@ def running(replay: Replay | None) -> Iterator[None]:
 
 
 @contextmanager
-def _wrap(kind: type, name: str, faster: Callable[[Any], Any]) -> Iterator[None]:
+def _patched(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[Any]:
+    """Replace an attribute by what `make` makes of it, for as long as anybody is inside; gives the one in place."""
     with _lock:
-        entry = _wrapped.get((kind, name))
-        if entry is None:
-            entry = _wrapped[kind, name] = [vars(kind)[name], 0]
-            setattr(kind, name, faster(entry[0]))
-        entry[1] += 1
+        patch = _patches.get((id(owner), name))
+        if patch is None:
+            before = vars(owner).get(name)
+            patch = _patches[id(owner), name] = _Patch(owner, make(before), before)
+            setattr(owner, name, patch.made)
+        patch.users += 1
     try:
-        yield
+        yield patch.made
     finally:
         with _lock:
-            entry[1] -= 1
-            if not entry[1]:
-                del _wrapped[kind, name]
-                setattr(kind, name, entry[0])
+            patch.users -= 1
+            if not patch.users:
+                del _patches[id(owner), name]
+                if patch.before is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, patch.before)
 
 
 def _replayed(original: Callable[..., Any]) -> Callable[..., Any]:

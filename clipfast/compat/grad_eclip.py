@@ -209,7 +209,7 @@ class _TokenTail(torch.autograd.Function):
     def forward(ctx: Any, residual: Tensor, o: Tensor, tail: Tail) -> Tensor:
         ctx.save_for_backward(residual, o)
         ctx.tail, ctx.rows = tail, None
-        return _finish(tail, residual, o)
+        return tail.embed(residual, o)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -234,7 +234,7 @@ class _Rows:
         self.rows, self._tail, self._asked = rows, tail, 0
         self._residual, self._o = residual.detach().requires_grad_(), o.detach().requires_grad_()
         with torch.enable_grad():
-            self._out = _finish(tail, self._residual, self._o)
+            self._out = tail.embed(self._residual, self._o)
         self._jacobian: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,10 +251,6 @@ class _Rows:
         embed = self._out.shape[-1]
         with torch.enable_grad():
             inputs = [t.detach().expand(embed, -1).clone().requires_grad_() for t in (self._residual, self._o)]
-            out = _finish(self._tail, *inputs)
+            out = self._tail.embed(*inputs)
         at = torch.autograd.grad(out, inputs, torch.eye(embed, dtype=out.dtype, device=out.device))
         return at[0], at[1]
-
-
-def _finish(tail: Tail, residual: Tensor, o: Tensor) -> Tensor:
-    return tail.project(tail.block.above(residual, o))

@@ -67,9 +67,9 @@ class Replay:
     """The forward of `model.module.visual`, (B, 3, H, W) -> (B, E), not normalised.
 
     calls, rows: how often it stood in, and for how many images; encoded: how many of these went through the tower's
-    lower blocks. Where it cannot stand in, the tower's own forward runs:
-    inputs of another size, dtype or device than the tower's, towers in training with dropout, or that return tokens,
-    hooks on anything but blocks and what is in them.
+    lower blocks. Where it cannot stand in, the tower's own forward runs: inputs of another size, dtype or device than
+    the tower's, towers in training with dropout, or that return tokens, hooks on anything but blocks and what is in
+    them.
 
     Raises ModelError for an image tower that is no vision transformer with a class token.
     """
@@ -159,16 +159,11 @@ class Replay:
         tower, _ = self.model.towers()
         assert isinstance(tower, ImageTower)
         self.calls, self.rows = self.calls + 1, self.rows + len(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return self._above(tower, x, lowest, only_norm, differentiable=True)
-        return self._above(tower, x, lowest, only_norm, differentiable=False)
-
-    def _above(self, tower: ImageTower, x: Tensor, lowest: int, only_norm: bool, *, differentiable: bool) -> Tensor:
+        differentiable = torch.is_grad_enabled() and x.requires_grad
         step = tower.rows_at_once(tower.positions.shape[0], gradients=differentiable)
         if differentiable:
             self.encoded += len(x)
-            parts = [self._below(tower, part, lowest) for part in x.split(step)]
-            state = torch.cat(parts)
+            state = torch.cat([self._below(tower, part, lowest) for part in x.split(step)])
         else:
             with torch.no_grad():
                 state = self._remembered(tower, x, lowest, step)
@@ -201,8 +196,7 @@ class Replay:
         """The embedding (b, E) of the last block's input h and what its first norm makes of it."""
         o = block.attend(block.query(normed[:, :1]), *block.key_value(normed))[:, 0]
         wide = tower.result_dtype
-        top = tower.tail.block.above(h[:, 0].to(wide), o.to(wide))
-        return tower.tail.project(top).to(tower.dtype)
+        return tower.tail.embed(h[:, 0].to(wide), o.to(wide)).to(tower.dtype)
 
     def _remembered(self, tower: ImageTower, x: Tensor, lowest: int, step: int) -> Tensor:
         """`_below` of each image, kept for the next time that the same one comes."""

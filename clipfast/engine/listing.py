@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,7 +59,25 @@ class _Held:
     columns: dict[str, list[Any]]
 
 
-class Files(Source):
+class Listed(Source):
+    """A source that lists its shards once, when they are asked for; and anew in each process that it is sent to."""
+
+    _shards: list[Shard] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": None}
+
+    def shards(self) -> Sequence[Shard]:
+        if self._shards is None:
+            self._shards = list(self._cut())
+        return self._shards
+
+    @abstractmethod
+    def _cut(self) -> Iterator[Shard]:
+        """The shards, in order."""
+
+
+class Files(Listed):
     """Images that are files of their own. Their captions, where asked for, lie beside them: photo.txt or photo.json.
 
     root: what names are relative to. listing: lists the files, anew in each process that asks for the shards; listed:
@@ -70,20 +89,15 @@ class Files(Source):
     ):
         self._kind, self._place, self._root, self._wanted = kind, place, root, wanted
         self._listing = listing
-        self._shards: list[Shard] | None = list(self._cut(listed))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": None}
+        self._shards = list(self._cut_up(listed))
 
     def config(self) -> dict[str, Any]:
         return {"kind": self._kind, "place": self._place, **self._wanted.config()}
 
-    def shards(self) -> Sequence[Shard]:
-        if self._shards is None:
-            self._shards = list(self._cut(self._listing()))
-        return self._shards
+    def _cut(self) -> Iterator[Shard]:
+        return self._cut_up(self._listing())
 
-    def _cut(self, listing: Listing) -> Iterator[Shard]:
+    def _cut_up(self, listing: Listing) -> Iterator[Shard]:
         names = _separable(listing.names)
         keys = unique_keys(names if listing.keys is None else _separable(listing.keys))
         count = len(names) if self._wanted.limit is None else min(self._wanted.limit, len(names))

@@ -11,8 +11,8 @@ from typing import Any
 
 from clipfast.data.keys import numbered
 from clipfast.data.places import joined, read_bytes, sentence, split
-from clipfast.engine.base import Failure, Item, Shard, Source
-from clipfast.engine.listing import Wanted, shard_id, unique_keys
+from clipfast.engine.base import Failure, Item, Shard
+from clipfast.engine.listing import Listed, Wanted, shard_id, unique_keys
 from clipfast.engine.lists import chosen_columns, row_key
 from clipfast.engine.table import Table
 from clipfast.errors import InputError
@@ -35,7 +35,7 @@ class _Held:
     problem: str | None = None
 
 
-class Tables(Source):
+class Tables(Listed):
     """Rows that hold encoded images: bytes, or as Hugging Face has them, bytes or else a path.
 
     root: what the tables' names are relative to. Keys are those of the key column, or table/row. A remote arrow stream
@@ -47,28 +47,16 @@ class Tables(Source):
     def __init__(self, kind: str, place: str, root: str, names: Sequence[str], wanted: Wanted):
         self._kind, self._place, self._root, self._names, self._wanted = kind, place, root, list(names), wanted
         self._stems = numbered(name.rpartition(".")[0] or name for name in self._names)
-        self._shards: list[Shard] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": None}
 
     def config(self) -> dict[str, Any]:
         return {"kind": self._kind, "place": self._place, **self._wanted.config()}
 
-    def shards(self) -> Sequence[Shard]:
-        if self._shards is None:
-            self._shards = [
-                Shard(
-                    shard_id(number, self._names[held.file], f"{held.start}-{held.stop}", held.keys or ""),
-                    number,
-                    held,
-                    None if held.stop is None else held.stop - held.start,
-                )
-                for number, held in enumerate(self._cut())
-            ]
-        return self._shards
+    def _cut(self) -> Iterator[Shard]:
+        for number, held in enumerate(self._held()):
+            part = shard_id(number, self._names[held.file], f"{held.start}-{held.stop}", held.keys or "")
+            yield Shard(part, number, held, None if held.stop is None else held.stop - held.start)
 
-    def _cut(self) -> Iterator[_Held]:
+    def _held(self) -> Iterator[_Held]:
         with ThreadPoolExecutor(_OPENED) as pool:
             found = list(pool.map(self._rows, self._names))
         if all(problem is not None and not rows for rows, problem in found):

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from clipfast.data.keys import Numbering, numbered
 from clipfast.data.places import MAX_BYTES, is_url, joined, open_binary, sentence
 from clipfast.data.tars import PICTURES, TarError, captions, members, sample_name
-from clipfast.engine.base import Failure, Item, Shard, Source
-from clipfast.engine.listing import CAPTION, Wanted, shard_id
+from clipfast.engine.base import Failure, Item, Shard
+from clipfast.engine.listing import CAPTION, Listed, Wanted, shard_id
 from clipfast.errors import InputError
 
 # So many tars without a picture, and nobody meant them.
@@ -24,7 +24,7 @@ _PEEKED = 4
 _Sample = tuple[str, dict[str, bytes | int]]
 
 
-class Tars(Source):
+class Tars(Listed):
     """Samples of tar files; see `clipfast.data.tars`. root: what the tars' names are relative to.
 
     Keys are the tar's name and the sample's. Files that belong to no picture are passed over; a tar that is cut, or
@@ -36,7 +36,6 @@ class Tars(Source):
     def __init__(self, place: str, root: str, names: Sequence[str], wanted: Wanted):
         self._place, self._root, self._names, self._wanted = place, root, list(names), wanted
         self._stems = numbered(re.sub(r"\.tar$", "", _clean(name)) for name in self._names)
-        self._shards: list[Shard] | None = None
         if wanted.image or wanted.key:
             raise InputError(f"{place} has no columns of images or keys: leave {wanted.image or wanted.key!r} out.")
         found = [next(self._read(name, {*wanted.columns, "json"}), None) for name in self._names[:_PEEKED]]
@@ -61,16 +60,8 @@ class Tars(Source):
                 f"{self._place} has no column {lacking!r}: its first sample, {name}, has {', '.join(there) or 'none'}."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": None}
-
     def config(self) -> dict[str, Any]:
         return {"kind": "tars", "place": self._place}
-
-    def shards(self) -> Sequence[Shard]:
-        if self._shards is None:
-            self._shards = list(self._cut())
-        return self._shards
 
     def _cut(self) -> Iterator[Shard]:
         left = self._wanted.limit

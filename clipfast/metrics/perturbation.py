@@ -115,6 +115,14 @@ def blur(images: Tensor, size: int = 11, sigma: float = 5.0) -> Tensor:
     return F.conv2d(across, taps[:, None].expand(channels, 1, size, 1), padding=(size // 2, 0), groups=channels)
 
 
+def check_maps(images: Tensor, maps: Tensor) -> None:
+    """Raises InputError unless images are (B, C, H, W) and maps (B, P, h, w)."""
+    if images.ndim != 4 or maps.ndim != 4 or len(images) != len(maps):
+        raise InputError(
+            f"images and maps must be (B, C, H, W) and (B, P, h, w), not {tuple(images.shape)} and {tuple(maps.shape)}."
+        )
+
+
 def curves(
     encode: Encode,
     score: Score,
@@ -133,10 +141,7 @@ def curves(
 
     Raises InputError for maps that do not belong to the images or hold NaN.
     """
-    if images.ndim != 4 or maps.ndim != 4 or len(images) != len(maps):
-        raise InputError(
-            f"images and maps must be (B, C, H, W) and (B, P, h, w), not {tuple(images.shape)} and {tuple(maps.shape)}."
-        )
+    check_maps(images, maps)
     clock = clock or Clock()
     started = time.perf_counter()
     b, p = maps.shape[:2]

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.metrics.base import Columns, Protocol
-from clipfast.metrics.perturbation import Clock, Encode, cosine, on_pixels
+from clipfast.metrics.perturbation import Clock, Encode, check_maps, cosine, on_pixels
 from clipfast.ops.mask_sequence import rank_map
 
 Order = Literal["MoRF", "LeRF"]
@@ -118,11 +118,7 @@ class Road(Protocol):
 
         Raises InputError for maps that do not belong to the images or hold NaN, and for a missing SciPy.
         """
-        if images.ndim != 4 or maps.ndim != 4 or len(images) != len(maps):
-            raise InputError(
-                f"images and maps must be (B, C, H, W) and (B, P, h, w), "
-                f"not {tuple(images.shape)} and {tuple(maps.shape)}."
-            )
+        check_maps(images, maps)
         clock = clock or Clock()
         started = time.perf_counter()
         b, p = maps.shape[:2]

@@ -37,10 +37,13 @@ class Tail:
         e = self.norm(x) @ self.proj
         return e if self.proj_bias is None else e + self.proj_bias
 
+    def embed(self, residual: Tensor, o: Tensor) -> Tensor:
+        """Embeddings (..., E) of attention outputs o (..., D) on top of residual (..., D), not normalised."""
+        return self.project(self.block.above(residual, o))
+
     def __call__(self, residual: Tensor, o: Tensor) -> Tensor:
-        """Unit embeddings (..., E) of attention outputs o (..., D) on top of residual (..., D)."""
-        y = residual + self.block.out(o)
-        return F.normalize(self.project(y + self.block.mlp(y)), dim=-1)
+        """The same, of unit length."""
+        return F.normalize(self.embed(residual, o), dim=-1)
 
     def linearize(self, residual: Tensor, o: Tensor) -> LinearTail:
         """The tail at one point per image: residual and o (B, D)."""

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from safetensors.torch import load_file
+from open_clip.model import CLIP
 from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.mask_clip import MaskClip
 from clipfast.models.openclip import image_tower
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "grad_eclip_official.safetensors"
-
 
 @pytest.mark.parametrize("kind", ["square", "wide"])
-def test_published_maps_times_the_keys_cosine(kind):
-    goldens = load_file(GOLDENS)
-    official = CLIP(
-        embed_dim=48,
-        vision_cfg=CLIPVisionCfg(image_size=64, layers=4, width=64, head_width=16, patch_size=16),
-        text_cfg=CLIPTextCfg(context_length=20, vocab_size=300, width=64, heads=4, layers=4),
-    ).double()
-    official.load_state_dict({k.removeprefix("model."): v for k, v in goldens.items() if k.startswith("model.")})
-    explained = MaskClip(times_kk=True).image(image_tower(official.eval()), goldens[f"{kind}.image"])
+def test_published_maps_times_the_keys_cosine(goldens, official, kind):
+    explained = MaskClip(times_kk=True).image(image_tower(official), goldens[f"{kind}.image"])
     found = explained.maps(goldens[f"{kind}.text"])[0]
     torch.testing.assert_close(found, goldens[f"{kind}.mask_clip_times_kk"].flatten(1), rtol=0, atol=1e-9)
 
