@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.methods.base import LinearExplained, Method, MethodInfo, choice
-from clipfast.models.tower import ImageTower
+from clipfast.models.tower import ImageTower, Site
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,22 @@ class MaskClip(Method):
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
         h = tower.run(tower.embed(x), stop=tower.depth - 1)
         site = tower.site(h, tower.pooled(h))
-        prefix, block = tower.prefix.shape[0], tower.blocks[-1]
-        path = block.out(site.v[:, prefix:].to(h.dtype))
-        if self.residual:
-            path = h[:, prefix:] + path
-            path = path + block.mlp(path)
-        values = F.normalize(tower.tail.project(path.to(site.v.dtype)), dim=-1)
+        values = patch_embeddings(tower, h, site, residual=self.residual)
         weights = values.new_ones(values.shape[:2])
         if self.times_kk:
             k = F.linear(site.k, tower.tail.block.out_weight, tower.tail.block.out_bias)
-            weights = F.cosine_similarity(k[:, :1], k[:, prefix:], dim=-1)
+            weights = F.cosine_similarity(k[:, :1], k[:, tower.prefix.shape[0] :], dim=-1)
         return LinearExplained(tower.tail(site.residual, site.o), values, weights, relu="none")
+
+
+def patch_embeddings(tower: ImageTower, h: Tensor, site: Site, *, residual: bool = True) -> Tensor:
+    """Unit embeddings e_i of patches (B, n, E), for the last block's input h (B, N, D) and site.
+
+    residual: as for `MaskClip`. Differentiable where gradients are enabled.
+    """
+    prefix, block = tower.prefix.shape[0], tower.blocks[-1]
+    path = block.out(site.v[:, prefix:].to(h.dtype))
+    if residual:
+        path = h[:, prefix:] + path
+        path = path + block.mlp(path)
+    return F.normalize(tower.tail.project(path.to(site.v.dtype)), dim=-1)

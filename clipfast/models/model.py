@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clipfast.data.geometry import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
-from clipfast.models.openclip import image_tower, text_tower
+from clipfast.models.openclip import image_tower, text_tower, trained_weights
 from clipfast.models.resnet import ResNetTower, resnet_tower
 from clipfast.models.tokens import TokenStates, word_states
 from clipfast.models.tower import ImageTower, TextTower
@@ -81,6 +81,15 @@ class Model:
                 cached = (state, image, text_tower(self.module, dtype))
             self._towers[dtype] = cached
         return cached[1], cached[2]
+
+    @torch.inference_mode(False)
+    def trained_towers(self) -> tuple[AnyImageTower, TextTower]:
+        """The towers with the module's own parameters in them: what they compute has gradients that reach these.
+
+        For one step of training: read them again after it. `towers` is what everything else uses.
+        """
+        with trained_weights():
+            return _image_tower(self.module), text_tower(self.module)
 
     def _dtype(self, precision: Precision) -> torch.dtype | None:
         if precision is None:

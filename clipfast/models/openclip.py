@@ -7,6 +7,9 @@ class between releases, the names stay.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +24,19 @@ SUPPORTED = (
     "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN), "
     "its ModifiedResNet, and its text transformers that pool one token"
 )
+
+
+_trained: ContextVar[bool] = ContextVar("_trained", default=False)
+
+
+@contextmanager
+def trained_weights() -> Iterator[None]:
+    """Towers read inside hold the module's parameters themselves, so that gradients reach them."""
+    token = _trained.set(True)
+    try:
+        yield
+    finally:
+        _trained.reset(token)
 
 
 def unsupported(path: str, why: str) -> ModelError:
@@ -175,7 +191,9 @@ def read_logit_scale(module: Any) -> float:
 
 
 def read_weight(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A parameter outside of autograd, shared with the module unless a cast is needed."""
+    """A parameter outside of autograd, but in `trained_weights`; shared with the module unless a cast is needed."""
+    if _trained.get():
+        return t.to(dtype or t.dtype)
     t = t.detach().to(dtype or t.dtype)
     # A model that was built under inference_mode: autograd, which several layers need, may not save its tensors.
     return t.clone() if t.is_inference() else t
