@@ -16,7 +16,7 @@ more need the full blocks above, once for each of min(P, E) cotangents. Two exac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -166,6 +166,16 @@ class GradEclip(Method):
         keep = slice(tower.prefix.shape[0], None)
         layers = 1 if self.layers is None else self.layers
         return self._explain(tower, h, tower.pooled(h), layers, keep, None, "relu_then_sum", watch)
+
+    @torch.no_grad()
+    def from_last_block(self, tower: ImageTower, h: Tensor) -> SiteExplained:
+        """Like `image`, for images of which the last block's input h (B, N, D) is at hand: no block runs twice.
+
+        Raises InputError where more layers are to be explained.
+        """
+        top = replace(tower, blocks=tower.blocks[-1:])
+        keep = slice(tower.prefix.shape[0], None)
+        return self._explain(top, h, top.pooled(h), self.layers or 1, keep, None, "relu_then_sum", None)
 
     @torch.no_grad()
     def text(self, tower: TextTower, ids: Tensor, words: Tensor, *, watch: Watch | None = None) -> SiteExplained:
