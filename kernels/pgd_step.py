@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 512
 WARPS = 4
 
 
@@ -31,12 +31,14 @@ def b_sign(b_x):
 
 
 @triton.jit
-def finite_or_zero(b_g, b_inside, p_count):
-    """b_g with zeros where it is not finite; those inside are counted."""
-    b_finite = (b_g == b_g) & (tl.abs(b_g) < float("inf"))
-    bad = tl.sum((b_inside & (b_finite == 0)).to(tl.int64))
+def is_finite(b_g):
+    return tl.abs(b_g) < float("inf")
+
+
+@triton.jit
+def add_to(p_count, b_bad):
+    bad = tl.sum(b_bad).to(tl.int64)
     tl.atomic_add(p_count, bad, mask=bad > 0)
-    return tl.where(b_finite, b_g, 0.0)
 
 
 @triton.jit
@@ -79,13 +81,15 @@ def pgd_step_kernel(
         for c in range(C):
             b_delta = tl.load(p_delta + offsets + c * M, mask=inside, other=0.0)
             b_colour += b_delta * b_delta
-        b_colour = tl.where(b_colour > 0, colour / tl.sqrt(b_colour), 0.0)
+        b_colour = tl.where(b_colour > 0, colour / tl.sqrt(tl.where(b_colour > 0, b_colour, 1.0)), 0.0)
+    b_bad = tl.zeros((BLOCK,), tl.int32)
     for _ in range(C):
         b_delta = tl.load(p_delta + offsets, mask=inside, other=0.0)
         b_image = tl.load(p_image + offsets, mask=inside, other=0.0)
         b_g = tl.load(p_gradient + offsets, mask=inside, other=0.0).to(tl.float32)
         b_g -= penalty_slope(b_delta, inner, knee, outer, level, KNEE) + b_colour * b_delta
-        b_g = finite_or_zero(b_g, inside, p_count)
+        b_bad += tl.where(is_finite(b_g), 0, 1)
+        b_g = tl.where(is_finite(b_g), b_g, 0.0)
         if SIGN:
             b_g = b_sign(b_g)
         if MOMENTUM:
@@ -98,6 +102,7 @@ def pgd_step_kernel(
             b_delta = tl.minimum(tl.maximum(b_delta, -radius), radius)
         tl.store(p_delta + offsets, within_image(b_delta, b_image), mask=inside)
         offsets += M
+    add_to(p_count, b_bad)
 
 
 @triton.jit
@@ -138,7 +143,9 @@ def pgd_step_group_kernel(
     b_delta = tl.load(p_delta + offsets, mask=inside, other=0.0)
     b_image = tl.load(p_image + offsets, mask=inside, other=0.0)
     b_g = tl.load(p_gradient + offsets, mask=inside, other=0.0).to(tl.float32)
-    b_g = finite_or_zero(b_g - penalty_slope(b_delta, inner, knee, outer, level, KNEE), inside, p_count)
+    b_g -= penalty_slope(b_delta, inner, knee, outer, level, KNEE)
+    add_to(p_count, tl.where(is_finite(b_g), 0, 1))
+    b_g = tl.where(is_finite(b_g), b_g, 0.0)
     if SIGN:
         b_g = b_sign(b_g)
     if NORMALIZED:
