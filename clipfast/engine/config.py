@@ -57,9 +57,14 @@ class RunConfig:
 
     def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
         """The fields in which `other` differs, nested ones by dotted names: (the value here, the value there)."""
-        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
-        names = [*mine, *(name for name in theirs if name not in mine)]
-        return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
+        return differences(self.to_json(), other.to_json())
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two JSON documents differ, nested ones by dotted names: (the value here, the value there)."""
+    flat, other = _flat(mine), _flat(theirs)
+    names = [*flat, *(name for name in other if name not in flat)]
+    return {n: (flat.get(n), other.get(n)) for n in names if flat.get(n) != other.get(n)}
 
 
 def in_words(differences: Mapping[str, tuple[Any, Any]]) -> str:

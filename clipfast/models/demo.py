@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, set_model_preprocess_cfg
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from clipfast.errors import ModelError, TextError
 
@@ -47,6 +47,8 @@ WORDS = tuple(
 """Every word the model was trained on; punctuation in PUNCTUATION is known too."""
 
 PUNCTUATION = (",", ".")
+WORDS_KEY = "words"
+"""Under which a weights file's header has WORDS, as JSON: by it the demo model's weights are known."""
 
 
 class DemoTokenizer:
@@ -117,20 +119,40 @@ def build_demo() -> tuple[CLIP, DemoTokenizer]:
     return model, tokenizer
 
 
-def load_demo() -> tuple[CLIP, DemoTokenizer]:
+def is_demo(path: Path) -> bool:
+    """Whether a file of weights is the demo model's, by the words in its header."""
+    try:
+        with safe_open(path, "pt") as stored:
+            return WORDS_KEY in (stored.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def load_demo(path: Path | None = None) -> tuple[CLIP, DemoTokenizer]:
     """The trained demo model, float32, in evaluation mode, and its tokenizer.
 
-    Raises ModelError where the packaged weights are missing or were trained for another vocabulary.
+    path: weights of the same architecture, such as a fine-tuning's, in the place of the packaged ones.
+
+    Raises ModelError where there are none, or they were trained for another vocabulary or architecture.
     """
-    if not WEIGHTS.exists():
+    if path is None and not WEIGHTS.exists():
         raise ModelError(f"The demo model's weights are missing: {WEIGHTS.name} should lie in clipfast/models.")
+    path = path or WEIGHTS
     model, tokenizer = build_demo()
-    with safe_open(WEIGHTS, "pt") as stored:
-        words = json.loads((stored.metadata() or {}).get("words", "[]"))
-        weights = {key: stored.get_tensor(key).float() for key in stored.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as stored:
+            words = json.loads((stored.metadata() or {}).get(WORDS_KEY, "[]"))
+            weights = {key: stored.get_tensor(key).float() for key in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} holds no weights of the demo model: {error}") from error
     if words != list(WORDS):
         raise ModelError(
             "The demo model's weights were trained for another vocabulary: train them anew with scripts/train_demo.py."
+            if path == WEIGHTS
+            else f"{path} holds no weights of the demo model: those carry its words in their header."
         )
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit the demo model's architecture.") from error
     return model.eval(), tokenizer

@@ -18,6 +18,9 @@ from clipfast.errors import ModelError, nearest
 from clipfast.models.model import Model, Tokenizer
 
 RANDOM = "random"
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+"""The files of a folder that open_clip calls local-dir: the architecture and the weights."""
+
 _CLIP_VOCABULARY = 49408
 _CHECKPOINTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -34,7 +37,8 @@ def load(
 
     model: "demo"; an open_clip architecture ("ViT-B-16" with `pretrained`, or "ViT-B-16:openai" in one word);
         "hf:org/name" for a model with an open_clip configuration on the Hugging Face hub; the path of a checkpoint
-        (open_clip's .pt or .safetensors, an OpenAI JIT archive); or a module you already have, which stays as it is.
+        (open_clip's .pt or .safetensors, an OpenAI JIT archive), or of a folder with an open_clip_config.json and
+        weights, as fine-tuning writes it; or a module you already have, which stays as it is.
     pretrained: a weights tag of open_clip, the path of a checkpoint, or "random" for untrained weights.
     tokenizer, preprocess: replace the model's own; preprocess may be a torchvision Compose or an InputSpec.
     device: where to load it; CUDA if there is any, else the CPU.
@@ -58,9 +62,11 @@ def load(
     if name == "demo":
         from clipfast.models.demo import load_demo
 
-        module, own = load_demo()
+        module, own = load_demo(None if pretrained is None else Path(pretrained))
     elif name.startswith("hf:"):
         module, own = _create("hf-hub:" + name[3:], None)
+    elif (Path(name) / CONFIG).is_file():
+        module, own = _load_folder(Path(name))
     elif Path(name).is_file() or Path(name).suffix in _CHECKPOINTS:
         module, own = _load_path(Path(name))
         name = Path(name).name
@@ -105,22 +111,27 @@ def _load_named(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer
     return _create(name, pretrained)
 
 
+def _load_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
+    from clipfast.models.demo import is_demo, load_demo
+
+    own = folder / WEIGHTS
+    return load_demo(own) if is_demo(own) else _create(f"local-dir:{folder}", None)
+
+
 def _load_path(path: Path) -> tuple[nn.Module, Tokenizer]:
     import open_clip
 
     if not path.is_file():
         raise ModelError(f"there is no checkpoint {path}.")
+    if path.name == WEIGHTS and (path.parent / CONFIG).is_file():
+        return _load_folder(path.parent)
     with _reading(path):
         weights = _state_dict(path)
     if weights is None:
         with _reading(path):
             module = open_clip.load_openai_model(str(path), precision="fp32", device="cpu")
         return module, open_clip.SimpleTokenizer(context_length=module.context_length)
-    fitting = [
-        name
-        for name in open_clip.list_models()
-        if _reason_unfit(config := open_clip.get_model_config(name)) is None and _fits(config, weights)
-    ]
+    fitting = architectures(weights)
     if not fitting:
         raise ModelError(
             f"{path} fits no architecture that clipfast reads: build the module and pass it to clipfast.load(module)."
@@ -131,6 +142,17 @@ def _load_path(path: Path) -> tuple[nn.Module, Tokenizer]:
             f"say which, as clipfast.load('{fitting[0]}', pretrained='{path.name}')."
         )
     return _create(fitting[0], str(path))
+
+
+def architectures(weights: Mapping[str, Tensor]) -> list[str]:
+    """open_clip's architectures that have the shapes of a state dict, of those that clipfast reads."""
+    import open_clip
+
+    return [
+        name
+        for name in open_clip.list_models()
+        if _reason_unfit(config := open_clip.get_model_config(name)) is None and _fits(config, weights)
+    ]
 
 
 def _state_dict(path: Path) -> Mapping[str, Tensor] | None:

@@ -1,0 +1,373 @@
+"""The loop of every fine-tuning: data, optimizer, schedule, checkpoints, log, several processes.
+
+A run's weights depend on its settings alone. Whatever is drawn at random is drawn from the seed and the number of the
+step, so that a run that was killed goes on from its last checkpoint as if nothing had been; on a CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+
+from clipfast.engine.base import Source
+from clipfast.engine.pipeline import default_workers
+from clipfast.engine.watch import Stop
+from clipfast.errors import InputError, ModelError
+from clipfast.finetune.checkpoint import (
+    Finetuned,
+    agree,
+    finish,
+    finished,
+    gathered,
+    load_state,
+    save_model,
+    save_state,
+    spread,
+)
+from clipfast.finetune.data import Loaded, Loader, Order, Place, Read, open_images
+from clipfast.finetune.log import Follow, Log
+from clipfast.finetune.objective import Batch, Objective, Step
+from clipfast.finetune.parallel import Group, Joined, processes, recompute, whole
+from clipfast.models.digest import weights_digest
+from clipfast.models.model import Model, Precision, multiplies_bfloat16
+
+_FORMAT = 1
+# So many steps in a row without a usable gradient, and no later one will have any.
+_HOPELESS = 10
+# Warm-up of the authors' runs: 1,400 of 20,000 steps.
+_WARMUP = 0.07
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a fine-tuning goes about it; the defaults are those of AFT's paper.
+
+    What decides the weights:
+
+    epochs: over the images; steps, where given, in its place: optimizer steps. batch: images a step, of all processes
+    together. micro: how many of them go through a process's model at once; by default its share of the batch. lr,
+    warmup, betas, weight_decay: of AdamW; the rate rises over `warmup` steps (by default 7 % of all) and falls as a
+    cosine to zero. clip: the largest norm of the gradient, by default any. precision: "bfloat16" for autocast, with
+    weights and optimizer in float32; "auto" where the device multiplies it natively. seed: of order and noise.
+
+    What does not (but for rounding):
+
+    checkpointing: blocks keep their inputs alone and run twice, for a third more time and far less memory. compile:
+    torch.compile of the tower. parallel: of several processes, "ddp", or "fsdp" where the model is too large for each.
+    workers: threads that decode. save_every: steps between checkpoints. log_every: steps between lines of the log.
+    tensorboard: its files beside the log.
+
+    Raises InputError for numbers that cannot be.
+    """
+
+    epochs: float = 2
+    steps: int | None = None
+    batch: int = 128
+    micro: int | None = None
+    lr: float = 1e-5
+    warmup: int | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 1e-4
+    clip: float | None = None
+    precision: Precision = None
+    seed: int = 0
+    checkpointing: bool = False
+    compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    workers: int | None = None
+    save_every: int = 500
+    log_every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "micro", "workers", "save_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and (value != int(value) or value < 1):
+                raise InputError(f"{name}={value} must be a whole number of at least 1.")
+        for name in ("epochs", "lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name}={value} must be above 0 and finite.")
+        if not 0 <= self.weight_decay < math.inf or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"weight_decay={self.weight_decay} must be at least 0, and betas={self.betas} below 1.")
+        if self.warmup is not None and self.warmup < 0:
+            raise InputError(f"warmup={self.warmup} must be at least 0 steps.")
+        if self.precision not in (None, "float32", "bfloat16", "auto"):
+            raise InputError(f"precision={self.precision!r} must be float32, bfloat16 or auto.")
+
+    @classmethod
+    def of(cls, recipe: str, **settings: Any) -> Self:
+        """Those of AFT's paper, or as its code and FARE's have them ("released"): AdamW's own betas."""
+        return cls(**{"betas": (0.9, 0.999) if recipe == "released" else (0.9, 0.95), **settings})
+
+    def config(self) -> dict[str, Any]:
+        """What of it decides the weights, as JSON."""
+        names = ("batch", "micro", "lr", "betas", "weight_decay", "clip", "precision", "seed")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+
+def rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """The learning rate of a step, from 0: a straight line up to `peak` over `warmup` steps, then a cosine to zero."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Trainer:
+    """One fine-tuning: an objective, the model it starts from, images, settings, and the folder it leaves its work in.
+
+    images: what `open_images` takes (anything that `clipfast run` reads), or an Order. model: only read; a copy trains.
+    options: of `open_images`: limit, shuffle, image_column ...
+
+    Raises InputError where the data cannot be opened or settings do not go together, ModelError as the objective does.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: Model,
+        images: str | Path | Sequence[str] | Source | Order,
+        settings: Settings,
+        out: str | Path,
+        **options: Any,
+    ):
+        self.objective, self.model, self.settings, self.out = objective, model, settings, Path(out)
+        if model.spec.resize == "keep":
+            raise InputError("images of a batch need one size: load the model with another resize than 'keep'.")
+        if isinstance(images, Order):
+            self.order = images
+        else:
+            options = {"columns": objective.columns, "counted": settings.steps is None, **options}
+            self.order = open_images(images, seed=settings.seed, **options)
+        self.steps = self._steps()
+        self.warmup = round(_WARMUP * self.steps) if settings.warmup is None else settings.warmup
+        if self.warmup > self.steps:
+            raise InputError(f"warmup={self.warmup} is more than the {self.steps} steps there are.")
+
+    def _steps(self) -> int:
+        if self.settings.steps is not None:
+            return self.settings.steps
+        if self.order.images is None:
+            raise InputError("nobody knows how many images this source holds: give steps in the place of epochs.")
+        return max(1, int(self.settings.epochs * self.order.images / self.settings.batch))
+
+    def config(self) -> dict[str, Any]:
+        """Everything that the weights depend on, as JSON."""
+        return {
+            "format": _FORMAT,
+            "objective": {"name": self.objective.name, **self.objective.config()},
+            "model": self.model.name,
+            "weights": weights_digest(self.model.module),
+            "images": self.order.config(),
+            "settings": {**self.settings.config(), "steps": self.steps, "warmup": self.warmup},
+        }
+
+    def run(self, follow: Follow | None = None) -> Finetuned:
+        """Train until all steps are done, or until Ctrl-C or SIGTERM ends it after the step at hand.
+
+        A folder with a checkpoint of the same run is gone on with; a finished one is read.
+
+        Raises InputError for a folder of another run, OutputError where nothing can be written, ModelError where
+        gradients stay NaN or infinite.
+        """
+        follow = follow or Follow()
+        with processes() as group, Stop(follow) as stop, torch.random.fork_rng(_devices(self.model.device)):
+            agree(self.out, self.config(), group.first)
+            group.wait()
+            done = finished(self.out)
+            if done is None:
+                done = _Run(self, group, follow)(stop)
+            group.wait()
+        return Finetuned(self.model, self.out, done)
+
+
+class _Run:
+    """What a run holds while it trains."""
+
+    def __init__(self, trainer: Trainer, group: Group, follow: Follow):
+        settings, objective = trainer.settings, trainer.objective
+        if settings.batch % group.world:
+            raise InputError(f"batch={settings.batch} cannot be shared evenly by {group.world} processes.")
+        self.trainer, self.settings, self.group, self.follow = trainer, settings, group, follow
+        self.device = trainer.model.device
+        self.micro = min(settings.micro or settings.batch, settings.batch // group.world)
+        self.trained = objective.prepare(trainer.model)
+        if settings.checkpointing:
+            recompute(self.trained)
+        if settings.compile:
+            self.trained.compile()
+        self.joined = Joined(objective, self.trained, group, settings.parallel, self.device)
+        self.weights = [p for p in self.trained.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        self.step, self.place, self.unusable = 0, Place(), 0
+        self.counts = dict.fromkeys(("images", "failed", "skipped", *objective.counts), 0)
+        self.spare: Read | None = None
+        state = load_state(trainer.out)
+        if state is not None:
+            spread(self.trained, self.optimizer, state)
+            self.step, self.unusable = state["step"], state["unusable"]
+            self.place, self.counts = Place(*state["place"]), dict(state["counts"])
+
+    def __call__(self, stop: Stop) -> dict[str, Any]:
+        """Train until the end, or until asked to stop; the run's summary."""
+        settings, steps = self.settings, self.trainer.steps
+        loader = Loader(
+            self.trainer.order,
+            self.trainer.model.spec,
+            self.trainer.objective.read,
+            batch=settings.batch,
+            micro=self.micro,
+            rank=self.group.rank,
+            world=self.group.world,
+            workers=settings.workers or default_workers(self.device.type == "cuda"),
+        )
+        first, begun, asked = self.step, time.monotonic(), False
+        self.follow.begins(steps, first, settings.batch)
+        with (
+            Log(self.trainer.out, first, settings.tensorboard and self.group.first, self.group.first) as log,
+            closing(loader.steps(self.place)) as arriving,
+        ):
+            while self.step < steps and not asked:
+                loaded = next(arriving)
+                measure = (self.step + 1) % settings.log_every == 0 or self.step + 1 == steps
+                record, asked = self._advance(loaded, measure, stop)
+                spent = (time.monotonic() - begun) / (self.step - first)
+                record |= {"images_per_second": settings.batch / spent, "seconds_left": spent * (steps - self.step)}
+                log.failed(self.step, self.group.gather(loaded.failures))
+                if measure:
+                    log.step(record)
+                self.follow.step(record)
+                if self.step % settings.save_every == 0 or self.step == steps or asked:
+                    self._save()
+        return self._summary(first, time.monotonic() - begun)
+
+    def _advance(self, loaded: Loaded, measure: bool, stop: Stop) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; what the log says of it, and whether some process was asked to stop."""
+        lr = rate(self.step, self.trainer.steps, self.settings.lr, self.trainer.warmup)
+        used, failed = self.group.total([sum(map(len, loaded.parts)), len(loaded.failures)])
+        if not used:
+            reason = loaded.failures[0].reason if loaded.failures else "other processes say why."
+            raise InputError(
+                f"not one of the {self.settings.batch} images of step {self.step + 1} can be read: {reason}"
+            )
+        means, events = self._backward(loaded.parts, used, measure)
+        *totals, asked = self.group.total([*means.values(), *events.values(), stop()])
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.weights, self.settings.clip or math.inf))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step, self.place = self.step + 1, loaded.place
+        self.unusable = 0 if math.isfinite(norm) else self.unusable + 1
+        if self.unusable == _HOPELESS:
+            raise ModelError(
+                f"gradients have been NaN or infinite for {_HOPELESS} steps, the last of them step {self.step}: take a "
+                "smaller lr, or precision='float32'."
+            )
+        counted = {"images": used, "failed": failed, "skipped": not math.isfinite(norm)}
+        counted |= dict(zip(events, totals[len(means) :], strict=True))
+        for name, count in counted.items():
+            self.counts[name] += int(count)
+        terms = {name: total / used for name, total in zip(means, totals, strict=False)}
+        record = {"step": self.step, "epoch": self.place.epoch, "lr": lr, **terms, "grad_norm": norm, **self.counts}
+        return record, bool(asked)
+
+    def _backward(
+        self, parts: list[list[Read]], used: float, measure: bool
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Gradients of a step's mean loss over `used` images; this process's sums of loss and terms, and its events."""
+        sums: dict[str, float] = {}
+        events: dict[str, float] = dict.fromkeys(self.trainer.objective.counts, 0)
+        for number, part in enumerate(parts):
+            last, weight = number + 1 == len(parts), len(part)
+            self.spare = part[0] if part else self.spare
+            if not part and self.group.world == 1:
+                continue
+            # Processes wait for each other in every backward pass: one without images takes part, for nothing.
+            with self.joined.unshared(last):
+                step = self._forward(part or self._spared(), number, measure, last)
+                (step.loss * (weight * self.group.world / used)).backward()
+            if measure:
+                for name, value in {"loss": step.loss.detach(), **step.terms}.items():
+                    sums[name] = sums.get(name, 0.0) + weight * float(value)
+            for name, count in step.counts.items():
+                events[name] += count
+        return sums, events
+
+    def _spared(self) -> list[Read]:
+        if self.spare is None:
+            raise InputError(f"process {self.group.rank} could read none of its images.")
+        return [self.spare]
+
+    def _forward(self, part: list[Read], number: int, measure: bool, last: bool) -> Step:
+        at = self.group.rank * (self.settings.batch // self.group.world) + number * self.micro
+        seed = _mixed(self.settings.seed, self.step, at)
+        # A tower that drops patches or paths draws from torch's own generators.
+        torch.manual_seed(seed)
+        pixels = torch.stack([read.prepared.pixels for read in part])
+        batch = Batch(
+            images=pixels.to(self.device, non_blocking=True).float().div_(255),
+            keys=[read.key for read in part],
+            geometries=[read.prepared.geometry for read in part],
+            extras=[read.extra for read in part],
+            generator=torch.Generator(self.device).manual_seed(seed),
+            measure=measure,
+        )
+        with self._autocast():
+            return self.joined(batch, last)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        wanted = self.settings.precision
+        half = wanted == "bfloat16" or (wanted == "auto" and multiplies_bfloat16(self.device))
+        return torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
+
+    def _save(self) -> None:
+        """The model, then the state: a run that is killed in between goes on from the state before."""
+        trainer = self.trainer
+        state = gathered(self.trained, self.optimizer)
+        if self.group.first:
+            weights = {trainer.objective.prefix + name: t for name, t in state["trained"].items()}
+            about = {**trainer.config(), "step": self.step}
+            save_model(trainer.out, trainer.model, weights, about)
+            more = {"step": self.step, "place": self.place.to_json(), "counts": self.counts, "unusable": self.unusable}
+            save_state(trainer.out, {**state, **more})
+        self.group.wait()
+
+    def _summary(self, first: int, seconds: float) -> dict[str, Any]:
+        steps = self.step - first
+        summary = {
+            "objective": self.trainer.objective.name,
+            "complete": self.step == self.trainer.steps,
+            "step": self.step,
+            "steps": self.trainer.steps,
+            **self.counts,
+            "this_run": {
+                "steps": steps,
+                "seconds": seconds,
+                "images_per_second": steps * self.settings.batch / seconds if steps else None,
+                "processes": self.group.world,
+            },
+        }
+        if self.group.first and summary["complete"]:
+            finish(self.trainer.out, summary)
+        return summary
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed that stands for several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
