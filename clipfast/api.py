@@ -312,8 +312,8 @@ class Explainer:
         ids, spans = self.model.tokenize_words(texts)
         inside = torch.zeros_like(ids)
         for row, words in zip(inside, spans, strict=True):
-            for number, (_, positions) in enumerate(words, start=1):
-                row[positions] = number
+            for number, word in enumerate(words, start=1):
+                row[word.positions] = number
         explained = self._run.text(tower, ids, inside)
         self._check_finite(explained.z, {})
         maps, scores = explained.maps(embedding[None])[:, 0], explained.z @ embedding
@@ -321,11 +321,12 @@ class Explainer:
         return [
             Words(
                 text=text,
-                words=[word for word, _ in words],
-                values=torch.stack([values[positions].sum() for _, positions in words]),
-                tokens=[self.model.spell([int(row[p])]) for _, positions in words for p in positions],
-                token_values=values[[p for _, positions in words for p in positions]],
+                words=[word.text for word in words],
+                values=torch.stack([values[word.positions].sum() for word in words]),
+                tokens=[self.model.spell([int(row[p])]) for word in words for p in word.positions],
+                token_values=values[[p for word in words for p in word.positions]],
                 score=float(score),
+                offsets=[(word.start, word.end) for word in words],
                 extras={name: found[i] for name, found in extras.items()},
                 signed=self._run.signed or bool(values.min() < 0),
             )
@@ -392,7 +393,7 @@ class Explainer:
         """For each text its words, and those phrases that occur in it, as prompts."""
         states, sentences = asked.states, asked.names
         assert states is not None and sentences is not None
-        runs = [[word for word, _ in words] for words in self.model.tokenize_words(phrases)[1]] if phrases else []
+        runs = [[word.text for word in words] for words in self.model.tokenize_words(phrases)[1]] if phrases else []
         found = []
         for i, words in enumerate(states.by_text):
             occurring = {phrase: states.phrase(i, run) for phrase, run in zip(phrases, runs, strict=True)}

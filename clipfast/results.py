@@ -39,9 +39,10 @@ _OUTLIERS = 0.005
 class Words:
     """A text's map: what each word does for the score with one image.
 
-    words: the W words; values (W,): the sum over each word's BPE pieces, raw. tokens and token_values: the pieces
-    themselves. score: cosine similarity, equal to the model's own. extras: see `Attribution`. signed: whether a value
-    says which way a word counts, not only how much.
+    words: the W words, text[start:end] for their `offsets` (see `models.words` for what is a word); values (W,): the
+    sum over each word's tokens, raw. tokens and token_values: the tokens themselves, as the tokenizer spells them.
+    score: cosine similarity, equal to the model's own. extras: see `Attribution`. signed: whether a value says which
+    way a word counts, not only how much.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Words:
     score: float
     extras: dict[str, float] = field(default_factory=dict)
     signed: bool = False
+    offsets: list[tuple[int, int]] = field(default_factory=list)
 
     def pairs(self) -> list[tuple[str, float]]:
         """(word, value) in the order of the text."""

@@ -55,8 +55,8 @@ class Sentences:
         ids, spans = model.tokenize_words(texts)
         words = torch.zeros_like(ids)
         for row, named in zip(words, spans, strict=True):
-            for number, (_, positions) in enumerate(named, start=1):
-                row[positions] = number
+            for number, word in enumerate(named, start=1):
+                row[word.positions] = number
         return cls(ids, words)
 
     def __len__(self) -> int:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from clipfast.data.geometry import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
 from clipfast.models.openclip import image_tower, text_tower, trained_weights
+from clipfast.models.reader import TokenReader
 from clipfast.models.resnet import ResNetTower, resnet_tower
 from clipfast.models.tokens import TokenStates, word_states
 from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.words import Word
 
 Precision = Literal["float32", "bfloat16", "auto"] | None
 Tokenizer = Callable[[list[str]], Tensor]
@@ -56,7 +58,7 @@ class Model:
     def __repr__(self) -> str:
         tower, _ = self.towers()
         return (
-            f"<clipfast model {self.name}: {tower.depth} x {tower.width}, patch {tower.patch_size[0]}, "
+            f"<clipfast model {self.name}: {len(getattr(tower, 'bottlenecks', tower.blocks))} x {tower.width}, patch {tower.patch_size[0]}, "
             f"input {self.spec.size[0]} x {self.spec.size[1]}, embedding {tower.embed_dim}, "
             f"{tower.dtype}, {tower.device}>"
         )
@@ -122,68 +124,49 @@ class Model:
                 )
             if not empty and not text.strip():
                 raise TextError(f"text {i} is empty: give at least one word.")
-            self._warn_if_cut(text)
-        ids = self.tokenizer(list(texts))
+        context = self.towers()[1].context_length
+        reader = TokenReader(self.tokenizer)
+        ids = reader.ids(texts, context)
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             raise TextError(f"the tokenizer of {self.name} must return a tensor of ids (texts, length).")
-        context = self.towers()[1].context_length
         if ids.shape[1] > context:
             raise TextError(
                 f"the tokenizer of {self.name} gave {ids.shape[1]} tokens a text, the model takes {context}: "
                 "pass the model's own tokenizer."
             )
+        for text, row in zip(texts, ids.tolist(), strict=True):
+            cut = reader.cut(text, row)
+            if cut is not None:
+                warnings.warn(
+                    f"a text of {cut.tokens} tokens was cut to the {cut.kept} that {self.name} takes; "
+                    f"lost: {cut.lost!r}",
+                    stacklevel=2,
+                )
         return ids.to(self.device)
-
-    def _warn_if_cut(self, text: str) -> None:
-        encode = getattr(self.tokenizer, "encode", None)
-        decoder = getattr(self.tokenizer, "decoder", None)
-        if encode is None or decoder is None:
-            return
-        room = self.towers()[1].context_length - 2
-        pieces = encode(text)
-        if len(pieces) > room:
-            lost = self.spell(pieces[room:])
-            warnings.warn(
-                f"a text of {len(pieces)} tokens was cut to the {room} that {self.name} takes; lost: {lost!r}",
-                stacklevel=2,
-            )
 
     def spell(self, ids: Sequence[int]) -> str:
         """The text of some token ids."""
-        tokenizer: Any = self.tokenizer
-        joined = "".join(tokenizer.decoder[int(i)] for i in ids)
-        if hasattr(tokenizer, "byte_decoder"):
-            joined = bytearray(tokenizer.byte_decoder[c] for c in joined).decode("utf-8", errors="replace")
-        return joined.replace("</w>", " ").strip()
+        return TokenReader(self.tokenizer).spell(ids)
 
-    def words(self, ids: Tensor, pooled: int) -> list[tuple[str, list[int]]]:
-        """The words of one row of token ids (T,), each with its positions: everything between SOT and EOT.
+    def words(self, texts: Sequence[str], ids: Tensor) -> list[list[Word]]:
+        """The words of each text, from its row of token ids (P, T), with their positions and the user's characters.
 
-        A word ends where its last piece carries BPE's end mark. Raises TextError for a tokenizer that has no `decoder`.
+        Of a text with an end of text inside, the words before it: the model sees no others. Raises TextError for a
+        tokenizer that does not say which pieces its ids stand for.
         """
-        decoder = getattr(self.tokenizer, "decoder", None)
-        if decoder is None:
-            raise TextError(
-                f"words cannot be told apart: the tokenizer of {self.name} has no `decoder` "
-                "from ids to BPE pieces, as open_clip's has."
-            )
-        words: list[tuple[str, list[int]]] = []
-        positions: list[int] = []
-        for position in range(1, pooled):
-            positions.append(position)
-            if decoder[int(ids[position])].endswith("</w>") or position == pooled - 1:
-                words.append((self.spell(ids[positions].tolist()), positions))
-                positions = []
-        return words
+        _, tower = self.towers()
+        seen = tower.visible(tower.pooled(ids), ids.shape[1])
+        lasts = [ids.shape[1]] * len(ids) if seen is None else seen.sum(1).tolist()
+        reader = TokenReader(self.tokenizer)
+        return [reader.words(*each) for each in zip(texts, ids.tolist(), lasts, strict=True)]
 
-    def tokenize_words(self, texts: Sequence[str]) -> tuple[Tensor, list[list[tuple[str, list[int]]]]]:
-        """Token ids (P, T), and the words of each text with their positions.
+    def tokenize_words(self, texts: Sequence[str]) -> tuple[Tensor, list[list[Word]]]:
+        """Token ids (P, T), and the words of each text.
 
         Raises TextError as `tokenize` and `words` do, and for a text without words.
         """
         ids = self.tokenize(texts)
-        ends = self.towers()[1].pooled(ids).tolist()
-        found = [self.words(row, end) for row, end in zip(ids, ends, strict=True)]
+        found = self.words(texts, ids)
         for text, words in zip(texts, found, strict=True):
             if not words:
                 raise TextError(f"{text!r} has no words to explain.")
@@ -198,7 +181,7 @@ class Model:
         """
         _, tower = self.towers(precision)
         ids = self.tokenize(texts, empty=empty)
-        found = torch.empty(len(texts), tower.embed_dim, dtype=tower.tail.proj.dtype, device=ids.device)
+        found = torch.empty(len(texts), tower.embed_dim, dtype=tower.result_dtype, device=ids.device)
         for chunk in _by_length(tower.pooled(ids)):
             found[chunk] = tower.encode(ids[chunk])
         return found
@@ -213,16 +196,16 @@ class Model:
         _, tower = self.towers(precision)
         ids, named = self.tokenize_words(texts)
         pooled = tower.pooled(ids)
-        embeddings = torch.empty(len(texts), tower.embed_dim, dtype=tower.tail.proj.dtype, device=ids.device)
+        embeddings = torch.empty(len(texts), tower.embed_dim, dtype=tower.result_dtype, device=ids.device)
         found: dict[int, Tensor] = {}
         for chunk in _by_length(pooled):
             length = tower.reach(pooled[chunk], ids.shape[1])
             h = tower.run(tower.embed(ids[chunk, :length]), mask=tower.mask(length))
             states = F.normalize(tower.tail.project(h.to(embeddings.dtype)), dim=-1)
             embeddings[chunk] = states[torch.arange(len(chunk)), pooled[chunk]]
-            spans = [[positions for _, positions in named[i]] for i in chunk.tolist()]
+            spans = [[word.positions for word in named[i]] for i in chunk.tolist()]
             found.update(zip(chunk.tolist(), word_states(states, spans), strict=True))
-        names = [[word for word, _ in words] for words in named]
+        names = [[word.text for word in words] for words in named]
         return TokenStates(embeddings, names, torch.cat([found[i] for i in range(len(texts))]))
 
 
