@@ -39,6 +39,7 @@ PACKAGES = [
     "clipfast.data",
     "clipfast.data.datasets",
     "clipfast.engine",
+    "clipfast.finetune",
     "clipfast.kernels",
     "clipfast.methods",
     "clipfast.metrics",

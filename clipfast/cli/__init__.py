@@ -13,6 +13,7 @@ from clipfast.cli.doctor import doctor
 from clipfast.cli.eval import evaluate
 from clipfast.cli.explain import explain
 from clipfast.cli.export import export
+from clipfast.cli.finetune import finetune
 from clipfast.cli.group import Commands
 from clipfast.cli.methods import methods
 from clipfast.cli.models import models
@@ -27,6 +28,7 @@ app.command()(ask)
 app.command()(export)
 app.command("eval")(evaluate)
 app.command()(bench)
+app.add_typer(finetune, name="finetune")
 for listing in (models, methods, doctor):
     app.command()(listing)
 

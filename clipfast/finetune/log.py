@@ -19,7 +19,7 @@ LOG, ERRORS = "log.jsonl", "errors.jsonl"
 class Follow(Watch):
     """Is told how a fine-tuning goes; this one keeps it to itself."""
 
-    def begins(self, steps: int, done: int, batch: int) -> None:  # type: ignore[override]
+    def starts(self, steps: int, done: int, batch: int) -> None:
         """There are so many steps of so many images, and so many of them are done."""
 
     def step(self, record: Mapping[str, Any]) -> None:

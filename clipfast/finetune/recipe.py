@@ -194,6 +194,11 @@ def fare_objective(
     )
 
 
+def betas_of(recipe: str) -> tuple[float, float]:
+    """AdamW's betas: those of AFT's paper, or torch's own, which its code and FARE's use."""
+    return (0.9, 0.999) if recipe == "released" else (0.9, 0.95)
+
+
 def aft(
     images: str | Path | Sequence[str] | Source,
     out: str | Path,
@@ -213,7 +218,7 @@ def aft(
         clipfast.explain(image, texts, model=tuned.model())
 
     images: anything that `clipfast run` reads, or "scenes:SEED:COUNT". model, pretrained, device: as for
-    `clipfast.load`. recipe: "paper" or "released". settings: by default `Settings.of(recipe)`. follow: is told how it
+    `clipfast.load`. recipe: "paper" or "released". settings: by default those of the recipe. follow: is told how it
     goes. source: options of `open_images`. objective: of `aft_objective`: eps, sigma, penalty, normalize, captions ...
 
     The same call goes on with a run that was stopped, and reads one that is complete.
@@ -222,7 +227,9 @@ def aft(
     """
     chosen = aft_objective(recipe, **objective)
     loaded = load(model, pretrained, device=device or own_device())
-    return Trainer(chosen, loaded, images, settings or Settings.of(recipe), out, **source or {}).run(follow)
+    return Trainer(chosen, loaded, images, settings or Settings(betas=betas_of(recipe)), out, **source or {}).run(
+        follow
+    )
 
 
 def fare(
@@ -241,7 +248,9 @@ def fare(
     """The same by FARE; eps: how far a pixel in [0, 1] may move. objective: of `fare_objective`."""
     chosen = fare_objective(eps, **objective)
     loaded = load(model, pretrained, device=device or own_device())
-    return Trainer(chosen, loaded, images, settings or Settings.of("released"), out, **source or {}).run(follow)
+    return Trainer(chosen, loaded, images, settings or Settings(betas=betas_of("released")), out, **source or {}).run(
+        follow
+    )
 
 
 def _check_recipe(recipe: str) -> None:

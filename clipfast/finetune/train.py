@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -103,11 +103,6 @@ class Settings:
         if self.precision not in (None, "float32", "bfloat16", "auto"):
             raise InputError(f"precision={self.precision!r} must be float32, bfloat16 or auto.")
 
-    @classmethod
-    def of(cls, recipe: str, **settings: Any) -> Self:
-        """Those of AFT's paper, or as its code and FARE's have them ("released"): AdamW's own betas."""
-        return cls(**{"betas": (0.9, 0.999) if recipe == "released" else (0.9, 0.95), **settings})
-
     def config(self) -> dict[str, Any]:
         """What of it decides the weights, as JSON."""
         names = ("batch", "micro", "lr", "betas", "weight_decay", "clip", "precision", "seed")
@@ -185,6 +180,8 @@ class Trainer:
             done = finished(self.out)
             if done is None:
                 done = _Run(self, group, follow)(stop)
+            else:
+                done["this_run"] = {"steps": 0, "seconds": 0.0, "images_per_second": None, "processes": group.world}
             group.wait()
         return Finetuned(self.model, self.out, done)
 
@@ -232,7 +229,7 @@ class _Run:
             workers=settings.workers or default_workers(self.device.type == "cuda"),
         )
         first, begun, asked = self.step, time.monotonic(), False
-        self.follow.begins(steps, first, settings.batch)
+        self.follow.starts(steps, first, settings.batch)
         with (
             Log(self.trainer.out, first, settings.tensorboard and self.group.first, self.group.first) as log,
             closing(loader.steps(self.place)) as arriving,
