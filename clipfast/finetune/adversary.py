@@ -138,6 +138,8 @@ def perturb(encode: Encode, loss: Loss, x: Tensor, adversary: Adversary, generat
             found = loss(encode(point))
             if found.shape != x.shape[:1]:
                 raise InputError(f"loss must give one number for each of {len(x)} images, not {tuple(found.shape)}.")
+            if not found.requires_grad:
+                raise InputError("the loss does not depend on the pixels: encode and loss must be differentiable.")
             (gradient,) = torch.autograd.grad(found.sum(), point)
         noisy = noisy.detach()
         objective = found.detach() - h.formula(delta)
@@ -171,10 +173,10 @@ def _start(x: Tensor, adversary: Adversary, generator: torch.Generator) -> Tenso
 def _check(x: Tensor, generator: torch.Generator) -> None:
     if x.ndim != 4 or not x.numel() or x.dtype not in (torch.float32, torch.float64):
         raise InputError(f"images must be (B, 3, H, W) of float32 or float64, not {tuple(x.shape)} of {x.dtype}.")
+    if generator.device != x.device:
+        raise InputError(f"the generator is on {generator.device}, and the images on {x.device}; they must agree.")
     low, high = (float(value) for value in x.detach().aminmax())
     if not (low >= 0 and high <= 1):
         raise InputError(
             f"images must be pixels in [0, 1], before the model's normalisation, not from {low:.3g} to {high:.3g}."
         )
-    if generator.device != x.device:
-        raise InputError(f"the generator is on {generator.device}, and the images on {x.device}; they must agree.")
