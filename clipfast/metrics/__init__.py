@@ -19,6 +19,7 @@ from clipfast.metrics.network_dissection import NetworkDissect
 from clipfast.metrics.occlusion import Occlusion
 from clipfast.metrics.orders import AtRandom, ByMaps
 from clipfast.metrics.probe import LinearHead, fit_probe, zero_shot_head
+from clipfast.metrics.regions import Regions
 from clipfast.metrics.registry import PROTOCOLS, build_protocol
 from clipfast.metrics.roar import Roar
 from clipfast.metrics.sanity import ClassSensitivity, SanityCascade, SanityWordCascade, spearman
@@ -52,6 +53,7 @@ __all__ = [
     "PastedWord",
     "PointingGame",
     "PrecisionAt",
+    "Regions",
     "Roar",
     "SanityCascade",
     "SanityWordCascade",
