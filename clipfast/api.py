@@ -22,7 +22,8 @@ from clipfast.errors import ImageError, InputError, ModelError, TextError
 from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Relu
 from clipfast.models.load import load
-from clipfast.models.model import AnyImageTower, Model, Precision
+from clipfast.models.model import Model, Precision
+from clipfast.models.read import AnyImageTower
 from clipfast.models.tokens import TokenStates
 from clipfast.results import Attribution, Features, Words
 from clipfast.sheet import Asked, Sheet, unit_embeddings
@@ -185,7 +186,7 @@ class Explainer:
         grids = set()
         relu: Relu = "each"
         for indices, x, batch in self._batches(found, tower, errors, on_error, None):
-            explained = self._run.image(tower, x)
+            explained = self._run.image(tower.fitted(tower.grid_of(x)), x)
             values, weights = explained.prompt_free()
             relu = explained.relu
             grids.add(self._run.grid(tower, (x.shape[2], x.shape[3])))
@@ -233,7 +234,8 @@ class Explainer:
         if x.ndim != 4 or x.shape[1] != 3 or not (x.dtype == torch.uint8 or x.is_floating_point()):
             raise InputError(f"a batch is (B, 3, H, W), uint8 or normalised, not {x.dtype} {tuple(x.shape)}.")
         x = self._input(x, tower)
-        return Batch(self._run.image(tower, x), self._run.grid(tower, (x.shape[2], x.shape[3])), self._companions)
+        explained = self._run.image(tower.fitted(tower.grid_of(x)), x)
+        return Batch(explained, self._run.grid(tower, (x.shape[2], x.shape[3])), self._companions)
 
     def batch_size(self, height: int, width: int) -> int:
         """How many inputs of so many pixels one pass should take on the model's device."""
@@ -296,14 +298,12 @@ class Explainer:
             having = ", ".join(name for name, method in METHODS.items() if side in method.sides())
             raise InputError(f"{self.method} does not explain {side}s; these methods do: {having}.")
         tower, _ = self.model.towers(self.precision)
-        if side == "image" and not isinstance(tower, self._run.reads):
+        if side == "image" and (reason := self._run.why_not(tower)) is not None:
             having = ", ".join(
-                name
-                for name, method in METHODS.items()
-                if "image" in method.sides() and isinstance(tower, method.reads)
+                name for name, method in METHODS.items() if "image" in method.sides() and method.why_not(tower) is None
             )
             raise InputError(
-                f"{self.method} cannot explain images with {self.model.name}, whose image tower is a {tower.kind}; "
+                f"{self.method} cannot explain images with {self.model.name}, whose image tower {reason}; "
                 f"these methods can: {having}."
             )
 
@@ -420,7 +420,7 @@ class Explainer:
         geometries: list[Geometry | None] = [None] * len(found)
         errors: dict[int, ImageError] = {}
         for indices, x, batch in self._batches(found, tower, errors, on_error, progress):
-            explained = self._run.image(tower, x)
+            explained = self._run.image(tower.fitted(tower.grid_of(x)), x)
             for sheet in sheets:
                 sheet.fill(indices, explained, self._run.grid(tower, (x.shape[2], x.shape[3])))
             for i, item in zip(indices, batch, strict=True):

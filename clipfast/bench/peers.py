@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from clipfast.compat.score import Score
 from clipfast.metrics.registry import parse, spelled
-from clipfast.models.model import AnyImageTower
-from clipfast.models.resnet import ResNetTower
-from clipfast.models.tower import ImageTower
+from clipfast.models.read import AnyImageTower
+from clipfast.models.tower import PatchTower
 
 Maps = Callable[[], Tensor]
 
@@ -31,6 +30,7 @@ class Peer:
 
     distribution: what is installed, None for plain PyTorch. method: ours. same: the parameters with which ours gives
     the same maps. build: (score of a copy of the model, images (B, 3, H, W), our parameters) -> the call to time.
+    class_token: whether it needs a VisionTransformer with a class token.
     shown: what it makes of our maps (B, P, h, w), for inputs of so many pixels.
     """
 
@@ -39,7 +39,7 @@ class Peer:
     method: str
     build: Callable[[Any, Tensor, dict[str, Any]], Maps]
     same: dict[str, Any] = field(default_factory=dict)
-    reads: tuple[type[AnyImageTower], ...] = (ImageTower,)
+    class_token: bool = True
     shown: Callable[[Tensor, tuple[int, int]], Tensor] = lambda maps, size: maps
 
     @property
@@ -76,7 +76,7 @@ def peers_of(method: str, tower: AnyImageTower) -> list[Peer]:
         for peer in PEERS
         if peer.method == name
         and peer.version is not None
-        and isinstance(tower, peer.reads)
+        and (not peer.class_token or (isinstance(tower, PatchTower) and tower.has_class_token))
         and set(parameters) <= ({"steps"} if name == "integrated_gradients" else set())
     ]
 
@@ -100,7 +100,7 @@ class Spatial(nn.Module):
 def _last_input(score: Any) -> tuple[Any, Spatial]:
     """The block whose output is the last one's input, and that output as an image."""
     tower, _ = score.model.towers()
-    spatial = Spatial(tower.grid, len(tower.prefix))
+    spatial = Spatial(tower.grid, tower.prefix)
     return score.module.visual.transformer.resblocks[-2], spatial
 
 
@@ -218,7 +218,6 @@ def autograd_maps(model: Any, x: Tensor, texts: Tensor) -> Tensor:
     return torch.stack(maps, dim=1)
 
 
-_ANY: tuple[type[AnyImageTower], ...] = (ImageTower, ResNetTower)
 _PATCHES = {"mean_over": "patches"}
 
 PEERS = (
@@ -226,9 +225,9 @@ PEERS = (
     Peer("captum LayerGradCam", "captum", "grad_cam", captum_layer_grad_cam, _PATCHES),
     Peer("pytorch-grad-cam GradCAM", "grad-cam", "grad_cam", library_grad_cam, _PATCHES, shown=library_scaled),
     Peer("torchcam GradCAM", "torchcam", "grad_cam", torchcam_grad_cam, _PATCHES),
-    Peer("captum Saliency", "captum", "saliency", captum_saliency, reads=_ANY),
+    Peer("captum Saliency", "captum", "saliency", captum_saliency, class_token=False),
     Peer(
         "captum IntegratedGradients",
-        *("captum", "integrated_gradients", captum_integrated_gradients, {"baseline": "mean"}, _ANY),
+        *("captum", "integrated_gradients", captum_integrated_gradients, {"baseline": "mean"}, False),
     ),
 )

@@ -69,6 +69,15 @@ def _briefly(cost: str) -> str:
     return re.split(r"[,;(]", cost)[0].strip()
 
 
+NEEDS = {
+    "pixels": "any image tower",
+    "features": "convolutional feature maps",
+    "tokens": "patches that an attention or a mean pools",
+    "query": "a token or latent that attends to the patches",
+    "blocks": "blocks in which patches attend to each other",
+}
+
+
 def _print_all(name: str, method: type[Method]) -> None:
     """One method with its parameters and its documentation."""
     info = method.info
@@ -78,7 +87,7 @@ def _print_all(name: str, method: type[Method]) -> None:
     about.add_row("from", Text(info.source))
     about.add_row("explains", Text(" and ".join(f"{side}s" for side in method.sides())))
     if "image" in method.sides():
-        about.add_row("images of", Text(" and ".join(f"{tower.kind}s" for tower in method.reads)))
+        about.add_row("needs", Text(NEEDS[method.needs]))
     about.add_row("costs", Text(_cost(method)))
     about.add_row("agrees with", Text(info.agrees))
     if info.our_reading:
@@ -114,7 +123,7 @@ def _record(name: str, method: type[Method]) -> dict[str, Any]:
     return {
         "name": name,
         "sides": method.sides(),
-        "towers": [tower.kind for tower in method.reads] if "image" in method.sides() else [],
+        "needs": method.needs if "image" in method.sides() else None,
         **dataclasses.asdict(method.info),
         "parameters": parameters_of(method),
     }

@@ -27,7 +27,7 @@ from clipfast.models.block import Block
 from clipfast.models.load import load
 from clipfast.models.model import Model
 from clipfast.models.tail import Tail
-from clipfast.models.tower import ImageTower
+from clipfast.models.tower import PatchTower
 
 # A gradient at one token costs every weight of the tail once; from about here on its whole Jacobian is the cheaper.
 _JACOBIAN_AFTER = 16
@@ -41,7 +41,8 @@ def use(model: Any) -> None:
     Raises ModelError for a model whose image tower is no vision transformer with a class token.
     """
     loaded = load(model)
-    if not isinstance(loaded.towers()[0], ImageTower):
+    tower = loaded.towers()[0]
+    if not isinstance(tower, PatchTower) or not tower.has_class_token:
         raise ModelError(f"{loaded.name} has no vision transformer: these functions explain its last attention.")
     _using[:] = [loaded]
 
@@ -79,8 +80,8 @@ def clip_encode_dense(
     grid (h, w). outputs can be differentiated towards att_output and last_input.
     """
     tower = _model().towers()[0]
-    assert isinstance(tower, ImageTower)
     block, tail = tower.tail.block, tower.tail
+    assert isinstance(tower, PatchTower) and isinstance(block, Block)
     with torch.no_grad():
         h = tower.run(tower.embed(x.to(tower.device)), stop=tower.depth - 1).to(tower.result_dtype)
         grid = tower.grid_of(x)
@@ -88,10 +89,9 @@ def clip_encode_dense(
         x_in = h.transpose(0, 1).requires_grad_()
         q, k, v, o, attn, out = _explained(block, tail, x_in)
     with torch.no_grad():
-        q_out, k_out, v_out = (F.linear(t, block.out_weight, block.out_bias) for t in (q, k, v))
-        v_final = v_out + x_in
-        v_final = tail.project(v_final + block.mlp(v_final)).transpose(0, 1)
-    return out.transpose(0, 1), v_final[:, tower.prefix.shape[0] :], x_in, v, q_out, k_out, attn, o, grid
+        q_out, k_out, v_out = (block.out(t) for t in (q, k, v))
+        v_final = tail.project(block.rest(v_out + x_in)).transpose(0, 1)
+    return out.transpose(0, 1), v_final[:, tower.prefix :], x_in, v, q_out, k_out, attn, o, grid
 
 
 def clip_encode_text_dense(
@@ -110,13 +110,13 @@ def clip_encode_text_dense(
     q_outs, k_outs, vs, attns, outputs = [], [], [], [], []
     with torch.enable_grad():
         x = x.requires_grad_()
-        for block in (block.to(wide) for block in tower.blocks[-n:]):
+        for block in (block.to(wide) for block in tower.trunk[-n:]):
             q, k, v = block.query_key_value(x)
             o, attn = attention_layer(q, k, v, 1, None if mask is None else mask.to(wide))
             x = block.above(x, o)
             with torch.no_grad():
-                q_outs.append(F.linear(q, block.out_weight, block.out_bias))
-                k_outs.append(F.linear(k, block.out_weight, block.out_bias))
+                q_outs.append(block.out(q))
+                k_outs.append(block.out(k))
             vs.append(v)
             attns.append(attn)
             outputs.append(o)

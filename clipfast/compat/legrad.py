@@ -32,7 +32,7 @@ class LeWrapper(nn.Module):
         super().__init__()
         loaded = load(model)
         tower, _ = loaded.towers()
-        if not isinstance(tower, ImageTower):
+        if not isinstance(tower, ImageTower) or not tower.has_class_token:
             raise ModelError(f"LeGrad cannot explain {loaded.name}: its image tower is a {tower.kind}.")
         self.starting_depth = tower.block_index(layer_index, "layer_index")
         self.patch_size = tower.patch_size[0]

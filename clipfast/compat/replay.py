@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from clipfast.errors import ModelError
 from clipfast.models.model import Model
-from clipfast.models.tower import ImageTower
+from clipfast.models.tower import PatchTower
 
 # Images whose state at one block is kept: the batches of a path, and the baselines between them.
 _KEPT = 64
@@ -75,15 +75,19 @@ class Replay:
     """
 
     def __init__(self, model: Model):
-        if not isinstance(model.towers()[0], ImageTower):
-            raise ModelError(f"{model.name} cannot be accelerated: its image tower is no vision transformer.")
+        tower = model.towers()[0]
+        visual: Any = getattr(model.module, "visual", None)
+        if not (isinstance(tower, PatchTower) and tower.has_class_token and hasattr(visual, "transformer")):
+            raise ModelError(
+                f"{model.name} cannot be accelerated: its image tower is no VisionTransformer with a class token, "
+                "as open_clip and OpenAI's package have it."
+            )
         self.model = model
-        visual: Any = model.module.visual
         self.visual, self.own = visual, visual.forward
         self.calls = self.rows = self.encoded = 0
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
-        self._tower: ImageTower | None = None
+        self._tower: PatchTower | None = None
         self._reason: tuple[str | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +161,7 @@ class Replay:
 
     def _run(self, x: Tensor, lowest: int, only_norm: bool) -> Tensor:
         tower, _ = self.model.towers()
-        assert isinstance(tower, ImageTower)
+        assert isinstance(tower, PatchTower) and tower.positions is not None
         self.calls, self.rows = self.calls + 1, self.rows + len(x)
         differentiable = torch.is_grad_enabled() and x.requires_grad
         step = tower.rows_at_once(tower.positions.shape[0], gradients=differentiable)
@@ -183,7 +187,7 @@ class Replay:
             return block(h)
         return block(h.transpose(0, 1)).transpose(0, 1)
 
-    def _below(self, tower: ImageTower, x: Tensor, lowest: int) -> Tensor:
+    def _below(self, tower: PatchTower, x: Tensor, lowest: int) -> Tensor:
         """The input (b, N, D) of block `lowest`, or the embedding (b, E) where it is the depth."""
         h = tower.embed(x)
         if lowest < tower.depth:
@@ -192,13 +196,14 @@ class Replay:
         last = tower.blocks[-1]
         return self._last(tower, h, last, last.norm1(h))
 
-    def _last(self, tower: ImageTower, h: Tensor, block: Any, normed: Tensor) -> Tensor:
+    def _last(self, tower: PatchTower, h: Tensor, block: Any, normed: Tensor) -> Tensor:
         """The embedding (b, E) of the last block's input h and what its first norm makes of it."""
-        o = block.attend(block.query(normed[:, :1]), *block.key_value(normed))[:, 0]
+        residual, q = block.pooled_query(h, normed, tower.pooled(h))
+        o = block.attend(q[:, None], *block.key_value(normed))[:, 0]
         wide = tower.result_dtype
-        return tower.tail.embed(h[:, 0].to(wide), o.to(wide)).to(tower.dtype)
+        return tower.tail.embed(residual.to(wide), o.to(wide)).to(tower.dtype)
 
-    def _remembered(self, tower: ImageTower, x: Tensor, lowest: int, step: int) -> Tensor:
+    def _remembered(self, tower: PatchTower, x: Tensor, lowest: int, step: int) -> Tensor:
         """`_below` of each image, kept for the next time that the same one comes."""
         marks = [row.tobytes() for row in x.flatten(1)[:, :: max(1, x[0].numel() // 64)].float().cpu().numpy()]
         with self._lock:

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from clipfast.methods.base import Explained, Method, MethodInfo, choice
 from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
-from clipfast.models.block import Block
+from clipfast.models.block import AttentionBlock, Block
 from clipfast.models.tower import ImageTower, Site, TextTower, Tower
 
 # Attention probabilities at a time: all heads of a few images, or a head of a large one.
 PIECE = 2**22
 
 
-def pooled_attention(block: Block, site: Site, heads: int | None = None) -> Tensor:
+def pooled_attention(block: AttentionBlock, site: Site, heads: int | None = None) -> Tensor:
     """The pooled token's attention to every token, of each head: (B, H, N)."""
     mask = None
     if site.mask is not None:
@@ -34,7 +34,7 @@ def pooled_attention(block: Block, site: Site, heads: int | None = None) -> Tens
     return block.attention(site.q[:, None], site.k, heads=heads, mask=mask)[:, :, 0]
 
 
-def head_groups(block: Block, elements: int) -> Iterator[tuple[slice, int]]:
+def head_groups(block: AttentionBlock, elements: int) -> Iterator[tuple[slice, int]]:
     """A few heads at a time, of which one takes `elements` numbers: (their channels, how many they are)."""
     size, step = block.width // block.heads, max(1, PIECE // max(1, elements))
     for first in range(0, block.heads, step):

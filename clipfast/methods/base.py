@@ -15,9 +15,13 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from clipfast.errors import InputError
-from clipfast.models.model import AnyImageTower
 from clipfast.models.tower import ImageTower, TextTower
 from clipfast.ops.spatial_attribution import gradient_weighted
+
+Needs = Literal["pixels", "features", "tokens", "query", "blocks"]
+"""What a method needs of an image tower. "pixels": only what comes out for pixels. "features": convolutional feature
+maps. "tokens": patches of which an attention or a mean makes the embedding. "query": a single token or latent whose
+attention does. "blocks": blocks in which the patches attend to each other."""
 
 Relu = Literal["each", "sum", "none"]
 """Where the negative goes from maps of several layers: in each before the sum, after it, or nowhere."""
@@ -96,8 +100,8 @@ class Method:
     """The base of all methods. A subclass overrides `image`, `text` or both, and says the rest in class variables."""
 
     info: ClassVar[MethodInfo]
-    # The kinds of image tower that `image` takes.
-    reads: ClassVar[tuple[type[AnyImageTower], ...]] = (ImageTower,)
+    # What of an image tower `image` works on, see `why_not`.
+    needs: ClassVar[Needs] = "query"
     # Whether activations of many blocks are kept for the way back down: batches are made smaller for it.
     keeps_activations: ClassVar[bool] = False
     # Whether the sign of a map says for or against. Of plain cosines only the order says anything.
@@ -137,6 +141,21 @@ class Method:
     def reads_words(self) -> bool:
         """Whether `maps` takes the states of the texts' words (`TokenStates`) in place of their embeddings."""
         return False
+
+    @classmethod
+    def why_not(cls, tower: Any) -> str | None:
+        """What an image tower lacks for `image`, to follow "whose image tower ..."; None where it lacks nothing."""
+        if cls.needs == "pixels" or (cls.needs == "features" and hasattr(tower, "from_features")):
+            return None
+        if cls.needs == "features":
+            return f"is a {tower.kind}, without convolutional feature maps"
+        if not isinstance(tower, ImageTower):
+            return f"is a {tower.kind}, without an attention that pools its places"
+        if cls.needs == "query" and tower.mean:
+            return "pools the mean of its patches, without a query of its own"
+        if cls.needs == "blocks" and not tower.trunk:
+            return f"is a {tower.kind}, whose places do not attend to each other"
+        return None
 
     @classmethod
     def sides(cls) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ class ClipSurgery(Method):
 
     layers: int | None = None
 
+    needs: ClassVar = "blocks"
     info: ClassVar = MethodInfo(
         source="Li et al., arXiv 2304.05653",
         forwards="1",

@@ -39,6 +39,7 @@ class Gem(Method):
     tau: float | None = None
 
     signs: ClassVar[bool] = False
+    needs: ClassVar = "blocks"
     info: ClassVar = MethodInfo(
         source="Bousselham et al., CVPR 2024",
         forwards="1",

@@ -2,7 +2,8 @@
 
     H_i = ReLU(sum_c w_c h_ic),   w = mean over tokens j of dS/dh_j,   h (N, D): the input of a transformer's block
 
-On a ResNet h is the output of a block, and its tokens are its places; w of the last is `LinearPool.mean_vjp`.
+On a ResNet h is the output of a block, and its tokens are its places; the last one's are, with their mean, the tokens
+of the attention pool, so that the mean gradient at places is 1/n of the sum over all of these.
 
 For a transformer's last block w needs no backward pass through its tokens. With g = dS/do and y = dS/dr at the pooled
 token p (o: its attention output, r: its residual stream), heads left out, s = 1/sqrt(d), a_j its attention,
@@ -23,18 +24,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.attention import PIECE, pooled_attention
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
 from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
+from clipfast.models.block import AttentionBlock, Block, Pool
 from clipfast.models.gradients import score_gradients
-from clipfast.models.model import AnyImageTower
+from clipfast.models.layers import Affine, Norm, standardize
+from clipfast.models.read import AnyImageTower
 from clipfast.models.resnet import ResNetTower
 from clipfast.models.tail import LinearTail
-from clipfast.models.tower import ImageTower, Site, TextTower, Tower
+from clipfast.models.tower import Site, TextTower, Tower
 
 MeanGradient = Callable[[Tensor], Tensor]
 """Cotangents t (P, E) or (B, P, E) -> the mean over tokens of d(z . t)/dh: (B, P, D)."""
@@ -87,34 +89,55 @@ class LastBlock:
 
     def _of(self, texts: Tensor) -> Tensor:
         block, site, a = self.tail.tail.block, self.site, self.attention[:, :, None]
-        width, heads, at_pooled = block.width, a.shape[1], (torch.arange(len(a), device=a.device), self.pooled)
-        x, _, rho = torch.native_layer_norm(self.h, [width], None, None, block.norm1.eps)
-        weight = self.shares * rho[..., 0]  # (B, N)
-        # What norm1's bias alone becomes as q, k and v: the rest of them is W x.
-        bias = torch.zeros_like(x[0, 0]) if block.norm1.bias is None else block.norm1.bias
-        q0, k0, v0 = F.linear(bias, block.qkv_weight, block.qkv_bias).chunk(3)
+        heads, at_pooled = a.shape[1], (torch.arange(len(a), device=a.device), self.pooled)
+        query, kv = _maps(block)
 
         def split(t: Tensor) -> Tensor:
             return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-        y = self.tail.residual_vjp(texts)
-        g = split((y if block.scale1 is None else y * block.scale1) @ block.out_weight)  # (B, H, P, d)
-        q, k, v = split(site.q[:, None]), split(site.k), split(site.v)
-        q = q * q.shape[-1] ** -0.5
+        at_residual, at_output = self.tail.vjps(texts)
+        g = split(at_output)  # (B, H, P, d)
+        scale = block.scale_of(heads)
+        q, k, v = split(site.q[:, None]) * scale, split(site.k), split(site.v)
         av = a * (g @ v.mT)  # (B, H, P, N)
         e = av - a * av.sum(-1, keepdim=True)
-        dq = e @ k * q.shape[-1] ** -0.5
+        x, weight = self.h, self.shares
+        if isinstance(block.norm1, Norm):
+            x, rho = standardize(self.h, block.norm1.eps)
+            weight = self.shares * rho[..., 0]  # (B, N)
         dk = (e * weight[:, None, None]).sum(-1, keepdim=True) * q
         dv = (a * weight[:, None, None]).sum(-1, keepdim=True) * g
-        dq, dk, dv = (t.transpose(1, 2).flatten(2) for t in (dq, dk, dv))
+        total = torch.cat([t.transpose(1, 2).flatten(2) for t in (dk, dv)], dim=-1) @ kv.weight
+        dq = None if query is None else (e @ k * scale).transpose(1, 2).flatten(2)
+        if dq is not None and query is not None:
+            total = total + dq * weight[at_pooled][:, None, None] @ query.weight
+        if isinstance(block.norm1, Norm):
+            # What the norm's bias alone becomes as q, k and v: the rest of them is linear in x.
+            bias = torch.zeros_like(x[0, 0]) if block.norm1.bias is None else block.norm1.bias
+            k0, v0 = kv(bias).chunk(2)
+            c = (e * (q @ split(site.k - k0).mT) + av - a * (g @ split(v0[None, None]).mT)).sum(1)  # (B, P, N)
+            if dq is not None and query is not None:
+                c[at_pooled[0], :, self.pooled] += (dq @ (site.q - query(bias))[..., None])[..., 0]
+            if block.norm1.weight is not None:
+                total = total * block.norm1.weight
+            total = total - total.mean(-1, keepdim=True) - (c * weight[:, None]) @ x / x.shape[-1]
+        return total if isinstance(block, Pool) else total + self.shares[at_pooled][:, None, None] * at_residual
 
-        total = torch.cat((dq * weight[at_pooled][:, None, None], dk, dv), dim=-1) @ block.qkv_weight
-        if block.norm1.weight is not None:
-            total = total * block.norm1.weight
-        c = (e * (q @ split(site.k - k0).mT) + av - a * (g @ split(v0[None, None]).mT)).sum(1)  # (B, P, N)
-        c[at_pooled[0], :, self.pooled] += (dq @ (site.q - q0)[..., None])[..., 0]
-        total = total - total.mean(-1, keepdim=True) - (c * weight[:, None]) @ x / width
-        return total + self.shares[at_pooled][:, None, None] * y
+
+def _closed(block: AttentionBlock) -> bool:
+    """Whether `LastBlock` knows the block's derivative: no norm or rotation lies between its maps and its attention."""
+    plain = block.norm1.centred if isinstance(block.norm1, Norm) else not block.norm1.stages
+    if isinstance(block, Block):
+        return plain and block.qk_norm is None and block.rotary is None
+    return plain and isinstance(block, Pool) and block.key_norm is None
+
+
+def _maps(block: AttentionBlock) -> tuple[Affine | None, Affine]:
+    """What makes the query of the normed pooled token, None where it is a constant; and keys and values."""
+    if isinstance(block, Block):
+        return block.qkv.part(slice(None, block.width)), block.qkv.part(slice(block.width, None))
+    assert isinstance(block, Pool)
+    return block.query if isinstance(block.query, Affine) else None, block.kv
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,7 @@ class GradCam(Method):
     heads: Literal["model", "single"] = "model"
     mean_over: Literal["tokens", "patches"] = "tokens"
 
-    reads: ClassVar = (ImageTower, ResNetTower)
+    needs: ClassVar = "pixels"
     info: ClassVar = MethodInfo(
         source="Selvaraju et al., ICCV 2017",
         forwards="1",
@@ -188,10 +211,10 @@ class GradCam(Method):
         index = tower.block_index(self.layer, "layer")
         heads = 1 if self.heads == "single" else None
         h = tower.run(h, stop=index, mask=tokens.mask)
-        dtype = tower.tail.proj.dtype
+        dtype = tower.result_dtype
         shares = self._shares(tokens, h.shape[1], dtype)
         mean_gradient: MeanGradient
-        if index == tower.depth - 1:
+        if index == tower.depth - 1 and _closed(tower.blocks[-1]):
             site = tower.site(h, tokens.pooled, heads=heads, visible=tokens.visible)
             tail = tower.tail.linearize(site.residual, site.o)
             z, attention = tail.z, pooled_attention(tower.blocks[-1], site, heads)
@@ -199,9 +222,12 @@ class GradCam(Method):
         else:
             with torch.enable_grad():
                 h.requires_grad_()
-                above = tower.run(h, index, tower.depth - 1, heads=heads, mask=tokens.mask)
-                site = tower.site(above, tokens.pooled, heads=heads, visible=tokens.visible)
-                graph = tower.tail(site.residual, site.o)
+                if tokens.pooled.ndim == 2:
+                    graph = tower.top(tower.run(h, index, heads=heads, mask=tokens.mask), tokens.pooled)
+                else:
+                    above = tower.run(h, index, tower.depth - 1, heads=heads, mask=tokens.mask)
+                    site = tower.site(above, tokens.pooled, heads=heads, visible=tokens.visible)
+                    graph = tower.tail(site.residual, site.o)
             z, mean_gradient = graph.detach(), Below(graph, h, shares)
         return WeightedChannels(z, h.detach()[:, tokens.keep].to(dtype), tokens.inside.to(dtype), mean_gradient)
 
@@ -212,12 +238,16 @@ class GradCam(Method):
         features = tower.features(x, self.layer).to(tower.result_dtype)
         h = features.flatten(2).mT
         mean_gradient: MeanGradient
-        if tower.above(self.layer) == tower.depth:
-            pool = tower.pool.linearize(features)
-            z, mean_gradient = pool.z, pool.mean_vjp
+        if tower.above(self.layer) == len(tower.bottlenecks):
+            t = tower.pool_tokens(features)
+            site = tower.site(t, tower.pooled(t))
+            tail = tower.tail.linearize(site.residual, site.o)
+            shares = torch.full_like(t[..., 0], 1 / h.shape[1])
+            attention = pooled_attention(tower.blocks[-1], site)
+            z, mean_gradient = tail.z, LastBlock(tail, site, attention, t, tower.pooled(t), shares)
         else:
             with torch.enable_grad():
-                graph = tower.finish(h.requires_grad_().mT.unflatten(2, features.shape[2:]), self.layer)
+                graph = tower.from_features(h.requires_grad_().mT.unflatten(2, features.shape[2:]), self.layer)
             z, mean_gradient = graph.detach(), Below(graph, h, torch.full_like(h[..., 0], 1 / h.shape[1]))
         return WeightedChannels(z, h.detach(), torch.ones_like(h[..., 0]), mean_gradient)
 

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least, choice, combine
-from clipfast.models.block import Block
+from clipfast.models.block import AttentionBlock, Block, Pool
 from clipfast.models.gradients import Gradients, site_gradients
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Site, TextTower, Tower
@@ -42,7 +43,8 @@ class SiteExplained(Explained):
 
     z (B, E): unit embeddings. weights: lambda, (B, n) for each explained layer. values: v, (B, n, D) for each.
     gradients: cotangents (R, E) or (B, R, E) -> dS/do at the pooled token, (B, R, D) for each layer.
-    tail: the linearised tail when a single layer is explained; it has the forward form, too.
+    tail: the linearised tail when a single layer is explained; it has the forward form, too. cost: multiplications of
+    one row through it, from either end.
     """
 
     z: Tensor
@@ -50,6 +52,7 @@ class SiteExplained(Explained):
     values: Sequence[Tensor]
     gradients: Gradients
     tail: LinearTail | None
+    cost: int
     relu: Relu
 
     def maps(self, texts: Tensor, *, form: Form = "auto", out: Tensor | None = None) -> Tensor:
@@ -94,22 +97,16 @@ class SiteExplained(Explained):
         total = torch.stack([w[..., None] * a for w, a in zip(self.weights, features, strict=True)]).sum(0)
         return total, torch.ones_like(self.weights[0])
 
-    def _tail_cost(self) -> int:
-        """Multiplications of one row through the tail's derivative, from either end."""
-        width, embed = self.values[0].shape[2], self.z.shape[1]
-        return width * (width + 8 * width + embed)
-
     def _jacobian_rows_worth(self) -> int:
         """How many forward rows cost as much as the whole Jacobian from the embedding's side."""
-        width, embed = self.values[0].shape[2], self.z.shape[1]
-        cost = self._tail_cost()
+        width, embed, cost = self.values[0].shape[2], self.z.shape[1], self.cost
         return embed * cost // max(1, cost - width * embed)
 
     def _features_pay(self, prompts: int) -> bool:
         _, n, width = self.values[0].shape
         embed = self.z.shape[1]
         rows = min(n, self._jacobian_rows_worth()) if self.tail is not None else embed
-        return rows * self._tail_cost() + prompts * n * embed < prompts * (self._tail_cost() + n * width)
+        return rows * self.cost + prompts * n * embed < prompts * (self.cost + n * width)
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,7 @@ class GradEclip(Method):
     lambda_over: Literal["words", "all"] = "words"
     signed: bool = False
 
+    needs: ClassVar = "tokens"
     info: ClassVar = MethodInfo(
         source="Zhao et al., ICML 2024",
         forwards="1",
@@ -163,7 +161,7 @@ class GradEclip(Method):
     def image(self, tower: ImageTower, x: Tensor, *, watch: Watch | None = None) -> SiteExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
         h = tower.embed(x)
-        keep = slice(tower.prefix.shape[0], None)
+        keep = slice(tower.prefix, None)
         layers = 1 if self.layers is None else self.layers
         return self._explain(tower, h, tower.pooled(h), layers, keep, None, "relu_then_sum", watch)
 
@@ -174,7 +172,7 @@ class GradEclip(Method):
         Raises InputError where more layers are to be explained.
         """
         top = replace(tower, blocks=tower.blocks[-1:])
-        keep = slice(tower.prefix.shape[0], None)
+        keep = slice(tower.prefix, None)
         return self._explain(top, h, top.pooled(h), self.layers or 1, keep, None, "relu_then_sum", None)
 
     @torch.no_grad()
@@ -209,11 +207,15 @@ class GradEclip(Method):
         heads = 1 if self.heads == "single" else None
         first = tower.last_blocks(layers)
         last = tower.blocks[-1]
+        if layers > 1 and isinstance(last, Pool):
+            raise InputError(
+                f"layers={layers} was asked for, but below its attention pool this tower pools no token: give layers=1."
+            )
         if watch is None:
             h = tower.run(h, stop=first, mask=mask)
         else:
             # Read while they are in a CPU's caches and freed before the MLP: `layers` would keep them for the caller.
-            for block in tower.blocks[:first]:
+            for block in tower.trunk[:first]:
                 q, k, v = block.query_key_value(h)
                 watch(q[:, keep])
                 o = block.attend(q, k, v, mask=mask)
@@ -230,8 +232,9 @@ class GradEclip(Method):
         # The last block runs for the pooled token alone, so its other queries are made only where they are needed.
         sites.append(tower.site(h, pooled, heads=heads, visible=visible))
         all_queries = None
-        if watch is not None or self.spatial == "combined":
-            all_queries = last.query(last.norm1(h)[:, keep])
+        # An attention pool has no query of a place: MMEL reads those of the blocks below it.
+        if isinstance(last, Block) and (watch is not None or self.spatial == "combined"):
+            all_queries = last.query(last.norm1(h))[:, keep]
             if watch is not None:
                 watch(all_queries)
         del h
@@ -245,20 +248,24 @@ class GradEclip(Method):
             [site.v[:, keep] for site in sites],
             gradients,
             tail if layers == 1 else None,
+            tower.tail.cost,
             "none" if self.signed else relu,
         )
 
-    def _weight(self, block: Block, site: Site, queries: Tensor | None, keep: slice, where: Tensor | None) -> Tensor:
+    def _weight(
+        self, block: AttentionBlock, site: Site, queries: Tensor | None, keep: slice, where: Tensor | None
+    ) -> Tensor:
         """lambda (B, n) of one layer; queries (B, n, D) of the kept places are read for "combined" alone."""
         q, k = site.q, site.k[:, keep]
         if self.spatial == "none":
             return k.new_ones(k.shape[:2]) if where is None else where.to(k.dtype)
         taking_part = None if self.lambda_over == "all" else where
         if self.spatial == "projected":
-            block = block.to(q.dtype)
-            q, k = (F.linear(t, block.out_weight, block.out_bias) for t in (q, k))
+            out = block.out.to(q.dtype)
+            q, k = out(q), out(k)
         if self.spatial == "combined":
-            assert queries is not None
+            if queries is None:
+                raise InputError("spatial='combined' needs the places' own queries, which an attention pool has not.")
             q = _combined(q, queries, taking_part)
         weight = spatial_weight(q, k, taking_part)
         return weight if where is None else weight * where

@@ -22,9 +22,8 @@ from clipfast.methods.base import Explained, Method, MethodInfo
 from clipfast.methods.paths import Baseline, Path, check_baseline, image_baseline, image_path
 from clipfast.methods.quadrature import Rule, quadrature
 from clipfast.models.gradients import score_gradients
-from clipfast.models.model import AnyImageTower
-from clipfast.models.resnet import ResNetTower
-from clipfast.models.tower import ImageTower, TextTower, Tower
+from clipfast.models.read import AnyImageTower
+from clipfast.models.tower import TextTower, Tower
 from clipfast.ops.path import path_accumulate
 
 # Sums of gradients that are kept at once: more prompts than these go through the towers again, for the price of one
@@ -43,7 +42,7 @@ class PathExplained(Explained):
 
     z: Tensor
     z_start: Tensor
-    tower: Tower | ResNetTower
+    tower: Any
     path: Path
     rule: str
     steps: int
@@ -112,7 +111,7 @@ class IntegratedGradients(Method):
     at: Literal["pixels", "tokens"] | int = "pixels"
 
     signed = True
-    reads: ClassVar = (ImageTower, ResNetTower)
+    needs: ClassVar = "pixels"
     keeps_activations: ClassVar[bool] = True
     info: ClassVar = MethodInfo(
         source="Sundararajan et al., ICML 2017",
@@ -139,15 +138,15 @@ class IntegratedGradients(Method):
         Raises InputError for a baseline that does not fit, and for a block that the tower does not have.
         """
         start = image_baseline(self.baseline, tower, x)
-        if self.at != "pixels" and isinstance(tower, ResNetTower):
-            raise InputError(f"at={self.at!r} is for transformers: a ResNet's path is one of pixels.")
+        if self.at == "tokens" and not tower.linear:
+            raise InputError(f"at='tokens' needs patches linear in the pixels: those of a {tower.kind} are not.")
         path = image_path(tower, x, start, self._block(tower))
         difference = x.to(path.delta.dtype) - start
 
         def attribute(total: Tensor) -> Tensor:
             if self.at == "pixels":
                 return (tower.to_pixels(total, (x.shape[2], x.shape[3])) * difference).sum(1).flatten(1)
-            return (path.delta * total).sum(-1)[:, tower.prefix.shape[0] :]
+            return (path.delta * total).sum(-1)[:, tower.prefix :]
 
         if isinstance(self.at, str):
             return self._explained(tower, path, tower.from_patch, attribute)

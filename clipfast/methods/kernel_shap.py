@@ -27,9 +27,8 @@ from clipfast.methods.masking import (
     merge_repeated,
     whole_patches,
 )
-from clipfast.models.model import AnyImageTower
-from clipfast.models.resnet import ResNetTower
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.read import AnyImageTower
+from clipfast.models.tower import TextTower
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class KernelShap(Method):
         "leave the sequence and the tokens behind them move up",
     )
 
-    reads: ClassVar = (ImageTower, ResNetTower)
+    needs: ClassVar = "pixels"
 
     def __post_init__(self) -> None:
         at_least(self, "samples", 2, whole=True)

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.errors import InputError
 from clipfast.methods.attention import head_groups
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
 from clipfast.models.block import Block
+from clipfast.models.layers import ChainDerivative, Residual
 from clipfast.models.tail import Tail
 from clipfast.models.tower import ImageTower
 
@@ -32,51 +34,53 @@ ROWS = 1024
 class Linearized:
     """A block, and what its derivative from the output down to the attention needs of all tokens of a batch.
 
-    x (B, N, D), rstd (B, N, 1): norm2's standardised input and 1/sigma. slope (B, N, F): the activation's derivative.
-    v (B, N, D): values. mean (B, D): of the block's output over tokens. As in `LinearTail`, products run in the trunk's
-    dtype and the rest in float32 (float64 for a float64 model).
+    rest (of points (B, N)): of the block's MLP, its last linear maps left out, which all tokens share: `shared`.
+    branch: of the way from the attention's output. v (B, N, D): values. mean (B, D): of the block's output over tokens.
+    As in `LinearTail`, products run in the trunk's dtype and the rest in float32 (float64 for a float64 model).
     """
 
     block: Block
-    x: Tensor
-    rstd: Tensor
-    slope: Tensor
+    rest: ChainDerivative
+    shared: ChainDerivative
+    branch: ChainDerivative
     v: Tensor
     mean: Tensor
 
     @classmethod
     def run(cls, block: Block, h: Tensor, wide: torch.dtype) -> tuple[Linearized, Tensor]:
-        """The block at its input h (B, N, D), and its output."""
+        """The block at its input h (B, N, D), and its output.
+
+        Raises InputError for a block that does not end with an MLP beside a residual connection.
+        """
         q, k, v = block.query_key_value(h)
-        y = h + block.out(block.attend(q, k, v))
-        x, _, rstd = torch.native_layer_norm(y.to(wide), y.shape[-1:], None, None, block.norm2.eps)
-        u = F.linear(block.norm2(y), block.fc_weight, block.fc_bias)
-        slope = block.act.derivative(u.to(wide)).to(u.dtype)
-        m = F.linear(block.act.value_(u), block.proj_weight, block.proj_bias)
-        output = y.add_(m if block.scale2 is None else m.mul_(block.scale2))
-        return cls(block, x, rstd, slope, v, output.mean(1, dtype=wide)), output
+        o = block.attend(q, k, v)
+        own = block.to(wide)
+        added, branch = own.branch.linearize(o.to(wide))
+        if len(own.rest.stages) != 1 or not isinstance(own.rest.stages[0], Residual):
+            raise InputError("LeGrad explains blocks that add an MLP's output to their input, which these do not.")
+        front, back = own.rest.stages[0].inner.split()
+        y = h.to(wide) + added
+        hidden, rest = front.linearize(y)
+        m, shared = back.linearize(hidden)
+        output = (y + m).to(h.dtype)
+        return cls(block, rest, shared, branch, v, output.mean(1, dtype=wide)), output
 
     def gradients(self, rows: Tensor) -> Tensor:
-        """Rows (B, C, D), each the gradient at every token's output alike -> dS/do (B, C, N, D)."""
-        block, trunk = self.block, self.slope.dtype
-        m = (rows if block.scale2 is None else rows * block.scale2).to(trunk) @ block.proj_weight
-        g = ((m[:, :, None] * self.slope[:, None]) @ block.fc_weight).to(rows.dtype)
-        if block.norm2.weight is not None:
-            g.mul_(block.norm2.weight)
-        x = self.x[:, None]
-        g.sub_(g.mean(-1, keepdim=True)).addcmul_(x, (g * x).mean(-1, keepdim=True), value=-1)
-        g.mul_(self.rstd[:, None]).add_(rows[:, :, None])
-        return (g if block.scale1 is None else g.mul_(block.scale1)).to(trunk) @ block.out_weight
+        """Rows (B, C, D), each the gradient at every token's output alike -> dS/do (B, N, C, D)."""
+        # The last linear maps are the same at every token: they are gone back through once.
+        each = self.shared.vjp(rows)[:, None].expand(-1, self.v.shape[1], -1, -1)
+        g = self.rest.vjp(each).add_(rows[:, None])
+        return self.branch.vjp(g, owned=True)
 
     def sensitivity(self, rows: Tensor) -> Tensor:
         """The mean over heads and queries of ReLU(dS/dA), for rows (B, C, D) as above: (B, C, N)."""
         found, block = self.gradients(rows), self.block
-        batch, prompts, tokens, _ = found.shape
+        batch, tokens, prompts, _ = found.shape
         total = torch.zeros(batch, prompts, tokens, dtype=rows.dtype, device=rows.device)
         for channels, heads in head_groups(block, total.numel() * tokens):
-            g = found[..., channels].flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, h, C N, d)
-            v = self.v[..., channels].unflatten(-1, (heads, -1)).transpose(1, 2)
-            total += (g @ v.mT).relu_().unflatten(2, (prompts, tokens)).sum((1, 3), dtype=rows.dtype)
+            g = found[..., channels].flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, h, N C, d)
+            v = self.v[..., channels].unflatten(-1, (heads, -1)).transpose(1, 2).to(g.dtype)
+            total += (g @ v.mT).relu_().unflatten(2, (tokens, prompts)).sum((1, 2), dtype=rows.dtype)
         return total.div_(block.heads * tokens)
 
 
@@ -91,7 +95,7 @@ class BlockScores(Explained):
 
     @torch.no_grad()
     def maps(self, texts: Tensor, *, out: Tensor | None = None) -> Tensor:
-        batch, tokens, _ = self.layers[0].x.shape
+        batch, tokens, _ = self.layers[0].v.shape
         prompts = texts.shape[-2]
         if out is None:
             out = self.z.new_empty(batch, prompts, tokens - self.prefix)
@@ -110,7 +114,7 @@ class BlockScores(Explained):
         # At unit length: half precision would lose what a mean over tokens makes this small.
         length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         unit = rows / length.clamp(min=torch.finfo(rows.dtype).tiny)
-        return layer.sensitivity(unit).mul_(length / layer.x.shape[1])
+        return layer.sensitivity(unit).mul_(length / layer.v.shape[1])
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class LeGrad(Method):
 
     layers: int = 2
 
+    needs: ClassVar = "blocks"
     info: ClassVar = MethodInfo(
         source="Bousselham et al., arXiv 2404.03214",
         forwards="1",
@@ -137,11 +142,11 @@ class LeGrad(Method):
 
     @torch.no_grad()
     def image(self, tower: ImageTower, x: Tensor) -> Explained:
-        first, wide = tower.last_blocks(self.layers), tower.tail.proj.dtype
+        first, wide = tower.last_blocks(self.layers), tower.result_dtype
         h = tower.run(tower.embed(x), stop=first)
         layers = []
-        for block in tower.blocks[first:]:
+        for block in tower.trunk[first:]:
             layer, h = Linearized.run(block, h, wide)
             layers.append(layer)
-        z = F.normalize(tower.tail.project(h[:, 0].to(wide)), dim=-1)
-        return BlockScores(z, layers, tower.tail, tower.prefix.shape[0])
+        z = tower.top(h, tower.pooled(h))
+        return BlockScores(z, layers, tower.tail, tower.prefix)

@@ -49,7 +49,7 @@ class LibraryCam(Method):
     layer: int | str = -1
 
     library: ClassVar[str]
-    reads: ClassVar = (ResNetTower,)
+    needs: ClassVar = "features"
     keeps_activations: ClassVar[bool] = True
 
     def grid(self, tower: ResNetTower, size: tuple[int, int]) -> tuple[int, int]:
@@ -63,7 +63,7 @@ class LibraryCam(Method):
         """
         features = tower.features(x, self.layer).to(tower.result_dtype)
         with torch.enable_grad():
-            graph = tower.finish(features.requires_grad_(), self.layer)
+            graph = tower.from_features(features.requires_grad_(), self.layer)
         # Of a model the library wants to know its device; without layers to watch it neither hooks nor runs it. One
         # whose weights start as ones leaves the caller's random numbers alone.
         cam = getattr(_library(), self.library)(nn.LayerNorm(1), target_layers=[])

@@ -134,6 +134,7 @@ class M2IB(Method):
     lr: float = 1.0
     seed: int = 0
 
+    needs: ClassVar = "blocks"
     info: ClassVar = MethodInfo(
         source="Wang et al., NeurIPS 2023",
         forwards="1 (and samples x (steps - 1) x P through the blocks above the bottleneck)",
@@ -160,7 +161,7 @@ class M2IB(Method):
         h = tower.run(tower.embed(x), stop=start)
         pooled = tower.pooled(h)
         z = tower.finish(h, pooled, start)
-        return BottleneckExplained(z, self, tower, start, h, slice(tower.prefix.shape[0], None), h.shape[1], pooled)
+        return BottleneckExplained(z, self, tower, start, h, slice(tower.prefix, None), h.shape[1], pooled)
 
     @torch.no_grad()
     def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> BottleneckExplained:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.methods.base import LinearExplained, Method, MethodInfo, choice
+from clipfast.models.block import Pool
 from clipfast.models.tower import ImageTower, Site
 
 
@@ -36,6 +37,7 @@ class MaskClip(Method):
     times_kk: bool = False
 
     signs: ClassVar[bool] = False
+    needs: ClassVar = "tokens"
     info: ClassVar = MethodInfo(
         source="Zhou et al., ECCV 2022",
         forwards="1",
@@ -60,8 +62,8 @@ class MaskClip(Method):
         values = patch_embeddings(tower, h, site, residual=self.residual)
         weights = values.new_ones(values.shape[:2])
         if self.times_kk:
-            k = F.linear(site.k, tower.tail.block.out_weight, tower.tail.block.out_bias)
-            weights = F.cosine_similarity(k[:, :1], k[:, tower.prefix.shape[0] :], dim=-1)
+            k = tower.tail.block.out(site.k)
+            weights = F.cosine_similarity(k[:, :1], k[:, tower.prefix :], dim=-1)
         return LinearExplained(tower.tail(site.residual, site.o), values, weights, relu="none")
 
 
@@ -70,9 +72,10 @@ def patch_embeddings(tower: ImageTower, h: Tensor, site: Site, *, residual: bool
 
     residual: as for `MaskClip`. Differentiable where gradients are enabled.
     """
-    prefix, block = tower.prefix.shape[0], tower.blocks[-1]
-    path = block.out(site.v[:, prefix:].to(h.dtype))
-    if residual:
-        path = h[:, prefix:] + path
-        path = path + block.mlp(path)
+    prefix, block = tower.prefix, tower.blocks[-1]
+    path = block.branch(site.v[:, prefix:].to(h.dtype))
+    if isinstance(block, Pool):
+        path = block.rest(path)
+    elif residual:
+        path = block.rest(h[:, prefix:] + path)
     return F.normalize(tower.tail.project(path.to(site.v.dtype)), dim=-1)

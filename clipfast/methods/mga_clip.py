@@ -19,7 +19,7 @@ lambda.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -77,7 +77,7 @@ class CoarseExplained(Explained):
         for tail, weights in self.steps:
             # One step at a time: a pass's steps together would take several times the tower's own memory.
             for step, weight in enumerate(weights):
-                total.add_(_rows(tail, slice(step * batch, (step + 1) * batch)).jvp(self.values) * weight)
+                total.add_(tail.at(slice(step * batch, (step + 1) * batch)).jvp(self.values) * weight)
         return total
 
     def prompt_free(self) -> tuple[Tensor, Tensor]:
@@ -153,6 +153,7 @@ class MgaClip(Method):
     fusion: Fusion = "geometric"
     eta: float = 0.5
 
+    needs: ClassVar = "tokens"
     info: ClassVar = MethodInfo(
         source="Cheng et al. (abstract)",
         forwards="steps + 1",
@@ -198,7 +199,7 @@ class MgaClip(Method):
         """The fine branch of normalised images (B, 3, H, W); it holds the coarse one, whose channels it needs."""
         block = None if self.path == "pixel" else tower.block_index(self.path, "path")
         path = image_path(tower, x, image_baseline(self.baseline, tower, x), block)
-        prefix, last = tower.prefix.shape[0], tower.depth - 1
+        prefix, last = tower.prefix, tower.depth - 1
 
         def linearize(points: Tensor) -> tuple[LinearTail, Site]:
             h = tower.run(path.lift(points), path.block, last)
@@ -208,7 +209,7 @@ class MgaClip(Method):
         tail, site = linearize(path.end)
         values = site.v[:, prefix:]
         weights = spatial_weight(site.q, site.k[:, prefix:])
-        patches = F.normalize(tower.tail.project(tower.tail.block.out(values)), dim=-1)
+        patches = F.normalize(tower.tail.project(tower.tail.block.branch(values)), dim=-1)
         steps = [(linearize(points)[0], w) for points, w in path.points(tower, self.rule, self.steps)]
         return FineExplained(tail.z, CoarseExplained(tail.z, values, steps), patches, weights, self.tau)
 
@@ -224,7 +225,3 @@ def _few(texts: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Some texts at a time and where their maps go: as many rows as the tower had tokens keep its own memory."""
     count = out.shape[2] + 1
     return zip(texts.split(count, dim=-2), out.split(count, dim=1), strict=True)
-
-
-def _rows(tail: LinearTail, rows: slice) -> LinearTail:
-    return replace(tail, **{f.name: getattr(tail, f.name)[rows] for f in fields(tail) if f.name != "tail"})

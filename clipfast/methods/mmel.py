@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,7 @@ class Mmel(Method):
     signed: bool = False
     seed: int = 0
 
+    needs: ClassVar = "blocks"
     info: ClassVar = MethodInfo(
         source="arXiv 2509.15243",
         forwards="1",
@@ -93,6 +94,10 @@ class Mmel(Method):
         if not isinstance(thetas, Sequence) or not all(isinstance(t, int | float) for t in thetas):
             raise InputError(f"theta={self.theta!r} of Mmel must be a number, or a number for each layer.")
 
+    @classmethod
+    def why_not(cls, tower: Any) -> str | None:
+        return super().why_not(tower) or ("pools the mean of its patches" if tower.mean else None)
+
     @property
     def has_features(self) -> bool:
         return self.contrast == 1
@@ -101,7 +106,9 @@ class Mmel(Method):
     def image(self, tower: ImageTower, x: Tensor) -> Explained:
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
         levels = self._levels(tower, partial(_image_scales, tower.grid_of(x)), None)
-        base = GradEclip(spatial="combined", signed=self.signed).image(tower, x, watch=levels.add)
+        # An attention pool has no query of a place to combine its own with.
+        spatial: Any = "combined" if tower.has_class_token else "raw"
+        base = GradEclip(spatial=spatial, signed=self.signed).image(tower, x, watch=levels.add)
         return self._raised(base, levels, None)
 
     @torch.no_grad()
@@ -119,11 +126,12 @@ class Mmel(Method):
         return [self.theta] if isinstance(self.theta, int | float) else self.theta
 
     def _levels(self, tower: Tower, scales: Callable[[Tensor], list[Scale]], words: Tensor | None) -> Levels:
-        dtype, device = tower.tail.proj.dtype, tower.device
+        dtype, device = tower.result_dtype, tower.device
         given = list(self._thetas())
-        if len(given) not in (1, tower.depth):
-            raise InputError(f"theta has {len(given)} numbers, but this tower has {tower.depth} layers.")
-        weights = F.softplus(torch.tensor(given, dtype=dtype, device=device)).expand(tower.depth)
+        layers = len(tower.trunk)
+        if len(given) not in (1, layers):
+            raise InputError(f"theta has {len(given)} numbers, but this tower has {layers} layers.")
+        weights = F.softplus(torch.tensor(given, dtype=dtype, device=device)).expand(layers)
         if self.mode == "paper":
             return PaperLevels(weights, words, Network.seeded(tower.width, self.seed, dtype, device))
         return PooledLevels(weights, words, scales(weights), self.temperature)

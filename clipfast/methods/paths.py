@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,10 +14,7 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.quadrature import quadrature
-from clipfast.models.block import Norm
-from clipfast.models.model import AnyImageTower
-from clipfast.models.resnet import ResNetTower
-from clipfast.models.tower import Tower
+from clipfast.models.read import AnyImageTower
 from clipfast.ops.path import path_points
 
 Baseline = Literal["mean", "black", "blur"] | Tensor
@@ -28,21 +25,25 @@ image itself, blurred (`blurred`). Or a normalised image of one's own, broadcast
 _SIGMA = 10 / 224
 
 
+def _same(points: Tensor) -> Tensor:
+    return points
+
+
 @dataclass(frozen=True)
 class Path:
     """The points start + a (end - start), 0 <= a <= 1, between tokens of one place in a tower.
 
     start (B, N, D), or (1, N, D) for one that all inputs share. end (B, N, D). block: the block that takes them, once
-    `norm` (the one before the first block, or None) has been applied. tokens: N, which is what a pass costs by.
+    `lift` has been applied. tokens: N, which is what a pass costs by.
 
-    Of a ResNet all of it is pixels, (B, 3, H, W), and the tokens are its places.
+    Where a tower's stem is not linear, start and end are pixels, (B, 3, H, W), and `lift` is the stem.
     """
 
     start: Tensor
     end: Tensor
     block: int
     tokens: int
-    norm: Norm | None = None
+    lift: Callable[[Tensor], Tensor] = _same
 
     @cached_property
     def delta(self) -> Tensor:
@@ -50,13 +51,7 @@ class Path:
         wide = torch.promote_types(self.end.dtype, torch.float32)
         return self.end.to(wide) - self.start.to(wide)
 
-    def lift(self, points: Tensor) -> Tensor:
-        """Points as the input of `block`."""
-        return points if self.norm is None else self.norm(points)
-
-    def points(
-        self, tower: Tower | ResNetTower, rule: str, steps: int, *, gradients: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def points(self, tower: Any, rule: str, steps: int, *, gradients: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """(points (S * B, N, D) ordered as `path_points` does, their weights (S,)), so many steps at a time as one
         pass of the tower should take: memory does not grow with the number of steps."""
         delta = self.delta
@@ -72,11 +67,8 @@ def image_path(tower: AnyImageTower, x: Tensor, baseline: Tensor, block: int | N
     block: at the input of which block; None: before the norm below the first, where tokens are still linear in pixels,
     so that a straight path between tokens is one between images; the only way through a ResNet.
     """
-    if isinstance(tower, ResNetTower):
-        return Path(tower.patch(baseline), tower.patch(x), 0, math.prod(tower.grid_of(x)))
     if block is None:
-        start, end, norm = tower.patch(baseline), tower.patch(x), tower.norm_pre
-        return Path(start, end, 0, end.shape[1], norm)
+        return Path(tower.patch(baseline), tower.patch(x), 0, math.prod(tower.grid_of(x)), tower.tokens)
     start, end = (tower.run(tower.embed(images), stop=block) for images in (baseline, x))
     return Path(start, end, block, end.shape[1])
 

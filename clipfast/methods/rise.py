@@ -25,9 +25,8 @@ from clipfast.methods.masking import (
     explain_words,
     merge_repeated,
 )
-from clipfast.models.model import AnyImageTower
-from clipfast.models.resnet import ResNetTower
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.read import AnyImageTower
+from clipfast.models.tower import TextTower
 
 # Masks at a time where maps are summed up.
 MASKS = 64
@@ -122,7 +121,7 @@ class Rise(Method):
         our_reading="words that are not kept leave the sequence and the tokens behind them move up",
     )
 
-    reads: ClassVar = (ImageTower, ResNetTower)
+    needs: ClassVar = "pixels"
 
     def __post_init__(self) -> None:
         at_least(self, "masks", 1, whole=True)

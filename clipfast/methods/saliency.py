@@ -20,9 +20,8 @@ from torch import Tensor
 
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
 from clipfast.models.gradients import score_gradients
-from clipfast.models.model import AnyImageTower
-from clipfast.models.resnet import ResNetTower
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.read import AnyImageTower
+from clipfast.models.tower import TextTower
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Saliency(Method):
     Image maps have the input's own size (H, W). No parameters.
     """
 
-    reads: ClassVar = (ImageTower, ResNetTower)
+    needs: ClassVar = "pixels"
     keeps_activations: ClassVar[bool] = True
     info: ClassVar = MethodInfo(
         source="Simonyan et al., ICLR workshop 2014",
@@ -111,7 +110,7 @@ class SmoothGrad(Method):
     sigma: float = 0.15
     seed: int = 0
 
-    reads: ClassVar = (ImageTower, ResNetTower)
+    needs: ClassVar = "pixels"
     keeps_activations: ClassVar[bool] = True
     info: ClassVar = MethodInfo(
         source="Smilkov et al., 2017",

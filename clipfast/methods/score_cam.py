@@ -20,9 +20,7 @@ from torch import Tensor
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least, combine
 from clipfast.methods.grad_cam import GradCam, MeanGradient
 from clipfast.methods.masking import encode_images, every_pair, whole_patches
-from clipfast.models.model import AnyImageTower
-from clipfast.models.resnet import ResNetTower
-from clipfast.models.tower import ImageTower
+from clipfast.models.read import AnyImageTower
 from clipfast.ops.minmax import minmax
 
 
@@ -101,7 +99,7 @@ class ChannelMethod(Method):
 
     layer: int | str = -1
 
-    reads: ClassVar = (ImageTower, ResNetTower)
+    needs: ClassVar = "pixels"
 
     @property
     def keeps_activations(self) -> bool:  # type: ignore[override]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipfast.errors import InputError
 from clipfast.models.tower import ImageTower, Layer
 
 # The authors of both methods take the last six blocks.
@@ -30,16 +31,22 @@ def second_path(
 
     Raises InputError for more layers than the tower has blocks.
     """
-    layers = min(LAYERS, tower.depth) if layers is None else layers
-    start, last = tower.last_blocks(layers), tower.blocks[-1]
+    layers = min(LAYERS, len(tower.trunk)) if layers is None else layers
+    if layers > len(tower.trunk):
+        raise InputError(f"layers={layers} was asked for, but this tower has {len(tower.trunk)} blocks.")
+    if not tower.trunk:
+        raise InputError(f"a second path needs blocks beside which it runs, and this {tower.kind} has none.")
+    start, last = len(tower.trunk) - layers, tower.trunk[-1]
     h = path = tower.run(tower.embed(x), stop=start)
-    for layer, above in tower.layers(h, start, tower.depth - 1):
-        path = path + layer.block.out(attention(layer))
+    pooled = tower.pooled(h)
+    for layer, above in tower.layers(h, start, None if not tower.has_class_token else -1):
+        path = path + layer.block.branch(attention(layer))
         h = above
+    if not tower.has_class_token:
+        return tower.top(h, pooled), tower.project(path[:, tower.prefix :])
     # In the last block the tower's own path is the class token's.
     q, k, v = last.query_key_value(h)
     o = last.attend(q[:, :1], k, v)
-    path = path + last.out(attention(Layer(last, h, q, k, v, o)))
-    dtype = tower.tail.proj.dtype
-    z = tower.tail(h[:, 0].to(dtype), o[:, 0].to(dtype))
-    return z, tower.tail.project(path[:, tower.prefix.shape[0] :].to(dtype))
+    path = path + last.branch(attention(Layer(last, h, q, k, v, o)))
+    dtype = tower.result_dtype
+    return tower.tail(h[:, 0].to(dtype), o[:, 0].to(dtype)), tower.project(path[:, tower.prefix :])

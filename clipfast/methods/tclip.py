@@ -115,6 +115,7 @@ class Tclip(Method):
     views: int = 1
 
     signs: ClassVar[bool] = False
+    needs: ClassVar = "tokens"
     info: ClassVar = MethodInfo(
         source="TCLIP (poster, without code)",
         forwards="views",
@@ -157,7 +158,7 @@ class Tclip(Method):
 
         Raises InputError where a patch has fewer pixels a side than there are shifts.
         """
-        side, (height, width), prefix = self._side, tower.grid_of(x), tower.prefix.shape[0]
+        side, (height, width), prefix = self._side, tower.grid_of(x), tower.prefix
         if side > min(tower.patch_size):
             raise InputError(
                 f"views={self.views} shifts patches of {min(tower.patch_size)} pixels by less than one: "
@@ -165,7 +166,8 @@ class Tclip(Method):
             )
         batch = len(x)
         down, across = (_shifts(pixels, side) for pixels in tower.patch_size)
-        patches = tower.tail.proj.new_empty(batch, height, side, width, side, tower.embed_dim)
+        size = (batch, height, side, width, side, tower.embed_dim)
+        patches = torch.empty(size, dtype=tower.result_dtype, device=tower.device)
         z = patches.new_empty(batch, tower.embed_dim)
         views = [(i, j) for i in range(side) for j in range(side)]
         # As many views in one pass as the tower takes images.
@@ -173,11 +175,11 @@ class Tclip(Method):
         for start in range(0, len(views), step):
             some = views[start : start + step]
             h = tower.embed(torch.cat([_shifted(_shifted(x, down[i], 2), across[j], 3) for i, j in some]))
-            states = tower.tail.project(tower.run(h).to(patches.dtype)).unflatten(0, (len(some), batch))
+            states = tower.run(h).unflatten(0, (len(some), batch))
             for (i, j), of_view in zip(some, states, strict=True):
-                patches[:, :, i, :, j] = of_view[:, prefix:].unflatten(1, (height, width))
+                patches[:, :, i, :, j] = tower.project(of_view[:, prefix:]).unflatten(1, (height, width))
                 if down[i] == across[j] == 0:
-                    z = F.normalize(of_view[torch.arange(batch), tower.pooled(of_view)], dim=-1)
+                    z = tower.top(of_view, tower.pooled(of_view))
         fine = patches.view(batch, height * side, width * side, tower.embed_dim)
         return PatchStates(z, fine, self.threshold, self.aggregate, side)
 

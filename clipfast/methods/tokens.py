@@ -33,7 +33,7 @@ class Tokens:
 def image_tokens(tower: ImageTower, x: Tensor) -> tuple[Tensor, Tokens]:
     """Normalised images (B, 3, H, W) as the input h (B, N, D) of block 0; the places of the map are the patches."""
     h = tower.embed(x)
-    keep = slice(tower.prefix.shape[0], None)
+    keep = slice(tower.prefix, None)
     inside = torch.ones_like(h[:, keep, 0], dtype=torch.bool)
     return h, Tokens(tower.pooled(h), keep, None, None, inside)
 

@@ -12,7 +12,7 @@ from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Method
 from clipfast.metrics.base import Protocol
 from clipfast.metrics.registry import Side, build_protocol, entry_of, label, offered, parse
-from clipfast.models.model import AnyImageTower
+from clipfast.models.read import AnyImageTower
 
 DEFAULT_METHODS = ("grad_eclip", "tclip", "mmel", "mga_clip", "mask_clip", "gem", "clip_surgery", "rollout", "grad_cam")
 """Those that cost about one pass of the tower, or a few."""
@@ -30,7 +30,7 @@ Methods = Mapping[str, Mapping[str, Any]] | Iterable[str]
 def sides_of(method: type[Method] | Method, tower: AnyImageTower) -> set[Side]:
     """What a method explains with a model that has this image tower."""
     found: set[Side] = {"text"} if "text" in method.sides() else set()
-    return found | {"image"} if "image" in method.sides() and isinstance(tower, method.reads) else found
+    return found | {"image"} if "image" in method.sides() and method.why_not(tower) is None else found
 
 
 def able(tower: AnyImageTower, sides: Iterable[Side]) -> list[str]:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.data.datasets import Dataset
@@ -27,6 +26,8 @@ from clipfast.errors import InputError, nearest
 from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.samples import OnError, Pictures, batches
 from clipfast.metrics.zero_shot import Templates, class_embeddings
+from clipfast.models.block import Block
+from clipfast.models.layers import Affine, Chain, Residual
 from clipfast.models.model import Model, Precision
 from clipfast.models.tower import ImageTower
 
@@ -52,10 +53,10 @@ class Neurons:
 
     def count(self, tower: Any) -> int:
         """How many there are. Raises InputError for a ResNet, which has no tokens, and for a block that is not."""
-        if not isinstance(tower, ImageTower):
+        if not isinstance(tower, ImageTower) or not tower.trunk:
             raise InputError(f"neurons are read at the tokens of a vision transformer, and this is a {tower.kind}.")
         block = tower.blocks[tower.block_index(self.block, "block")]
-        return block.fc_weight.shape[0] if self.layer == "mlp" else block.width
+        return _mlp(block)[1].weight.shape[1] if self.layer == "mlp" else block.width
 
     @torch.no_grad()
     def read(self, tower: ImageTower, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,18 +65,25 @@ class Neurons:
         Tokens come as in the tower: the pooled one first, then other prefix tokens, then patches.
         """
         index = tower.block_index(self.block, "block")
-        block = tower.blocks[index]
+        block = tower.trunk[index]
         h = tower.run(tower.embed(x), 0, index)
         pooled = tower.pooled(h)
-        y = h + block.out(block.attend(*block.query_key_value(h)))
-        hidden = block.act.value(F.linear(block.norm2(y), block.fc_weight, block.fc_bias))
-        w = F.linear(hidden, block.proj_weight, block.proj_bias)
-        out = y + (w if block.scale2 is None else w * block.scale2)
-        if index + 1 < tower.depth:
-            z = tower.finish(out, pooled, index + 1)
-        else:
-            z = F.normalize(tower.tail.project(out[:, 0].to(tower.result_dtype)), dim=-1)
-        return hidden if self.layer == "mlp" else out, z
+        y = h + block.branch(block.attend(*block.query_key_value(h)))
+        neurons = _mlp(block)[0](y) if self.layer == "mlp" else block.rest(y)
+        out = block.rest(y) if self.layer == "mlp" else neurons
+        return neurons, tower.finish(out, pooled, index + 1) if index + 1 < tower.depth else tower.top(out, pooled)
+
+
+def _mlp(block: Any) -> tuple[Chain, Affine]:
+    """What makes a block's hidden units of its residual stream, and the projection behind them.
+
+    Raises InputError for a block without an MLP beside a residual connection.
+    """
+    mlp = next((stage for stage in getattr(block, "rest", ()) if isinstance(stage, Residual)), None)
+    if mlp is None or not isinstance(block, Block):
+        raise InputError("neurons are read in the MLP of a transformer's block, and this one has none.")
+    front, back = mlp.inner.split()
+    return front, next(stage for stage in back if isinstance(stage, Affine))
 
 
 @dataclass(frozen=True)

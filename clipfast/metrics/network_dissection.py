@@ -95,7 +95,7 @@ class NetworkDissect(Protocol):
                 if not rows:
                     continue
                 x = batch.inputs(model, precision)[rows]
-                values = neurons.read(tower, x)[0][:, tower.prefix.shape[0] :]
+                values = neurons.read(tower, x)[0][:, tower.prefix :]
                 for row, one in zip(rows, values.float().mT.unflatten(2, tower.grid_of(x)), strict=True):
                     yield one, masked[row], batch.geometries[row]
 

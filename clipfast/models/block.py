@@ -1,4 +1,4 @@
-"""One pre-norm transformer block, read from a model's weights and run without touching its modules.
+"""Transformer blocks and attention pools, read from a model's weights and run without touching its modules.
 
 The user's modules are never called: hooks, dropout, training mode and fused fast paths stay out of it, and the
 model stays exactly as it was.
@@ -6,8 +6,6 @@ model stays exactly as it was.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,123 +13,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.models.layers import Affine, Chain, Norm, add
+
 
 @dataclass(frozen=True)
-class Norm:
-    """LayerNorm over the last dimension. Mixed-precision models keep float32 norms between half-precision layers."""
+class Rotary:
+    """Rotary position embeddings of the tokens behind the first `prefix` ones.
 
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+    sin, cos (n, d): for each place, and each channel of a head; or (H, n, d), for each head. half: channels are turned
+    in pairs (i, i + d/2), else in pairs of neighbours.
+    """
 
-    def to(self, dtype: torch.dtype) -> Norm:
-        weight, bias = self.weight, self.bias
-        return Norm(None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype), self.eps)
+    sin: Tensor
+    cos: Tensor
+    prefix: int
+    half: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.weight is not None and self.weight.dtype != x.dtype:
-            return F.layer_norm(x.to(self.weight.dtype), x.shape[-1:], self.weight, self.bias, self.eps).to(x.dtype)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        """Heads (B, H, N, d), all N tokens, turned."""
+        still, moving = x[:, :, : self.prefix], x[:, :, self.prefix :]
+        if self.half:
+            a, b = moving.chunk(2, dim=-1)
+            turned = torch.cat((-b, a), dim=-1)
+        else:
+            turned = torch.stack((-moving[..., 1::2], moving[..., ::2]), dim=-1).flatten(-2)
+        moved = moving * self.cos + turned * self.sin
+        return torch.cat((still, moved.to(x.dtype)), dim=2)
 
 
-@dataclass(frozen=True)
-class Activation:
-    """An elementwise activation, its in-place form and its derivative."""
+@dataclass(frozen=True, kw_only=True)
+class AttentionBlock:
+    """Tokens h (B, N, D) that go through a norm and attend, and what is made of it: what blocks and pools share.
 
-    name: str
-    value: Callable[[Tensor], Tensor]
-    value_: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+        o = softmax(scale q k^T) v,  heads concatenated;   output = rest(h + branch(o))
 
-
-def _gelu_derivative(u: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
-
-
-def _gelu_tanh_derivative(u: Tensor) -> Tensor:
-    c, a = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(c * (u + a * u**3))
-    return 0.5 * (1 + t) + 0.5 * u * (1 - t * t) * c * (1 + 3 * a * u * u)
-
-
-def _quick_gelu_derivative(u: Tensor) -> Tensor:
-    s = torch.sigmoid(1.702 * u)
-    return s * (1 + 1.702 * u * (1 - s))
-
-
-GELU = Activation("gelu", F.gelu, torch.ops.aten.gelu_, _gelu_derivative)
-GELU_TANH = Activation(
-    "gelu_tanh",
-    lambda u: F.gelu(u, approximate="tanh"),
-    lambda u: torch.ops.aten.gelu_(u, approximate="tanh"),
-    _gelu_tanh_derivative,
-)
-QUICK_GELU = Activation(
-    "quick_gelu",
-    lambda u: u * torch.sigmoid(1.702 * u),
-    lambda u: u.mul_(torch.sigmoid(1.702 * u)),
-    _quick_gelu_derivative,
-)
-
-
-@dataclass(frozen=True)
-class Block:
-    """x = h + s1 * (W_o attention(norm1 h) + b_o);  output = x + s2 * (W_2 act(W_1 norm2 x + b_1) + b_2).
-
-    `scale1` and `scale2` are LayerScale's, or None. Weights are laid out as torch.nn.Linear's: (out, in).
+    branch: from the attention's output to what it adds to the residual stream: any inner norm, the output projection,
+    any norm or scale behind. rest: all the rest of the block, its own residual connection included.
+    scale: None for one over the root of a head's width.
     """
 
     heads: int
-    norm1: Norm
-    qkv_weight: Tensor
-    qkv_bias: Tensor | None
-    out_weight: Tensor
-    out_bias: Tensor | None
-    scale1: Tensor | None
-    norm2: Norm
-    fc_weight: Tensor
-    fc_bias: Tensor | None
-    act: Activation
-    proj_weight: Tensor
-    proj_bias: Tensor | None
-    scale2: Tensor | None
+    norm1: Norm | Chain
+    branch: Chain
+    rest: Chain
+    scale: float | None = None
+
+    @property
+    def out(self) -> Affine:
+        """The output projection alone."""
+        return next(stage for stage in self.branch if isinstance(stage, Affine))
 
     @property
     def width(self) -> int:
-        return self.out_weight.shape[0]
+        """Channels of the attention's output, all heads together."""
+        return self.out.weight.shape[1]
 
-    def to(self, dtype: torch.dtype) -> Block:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out.weight.dtype
+
+    def to(self, dtype: torch.dtype) -> Any:
         """The block with its weights in `dtype`; weights that are already stay shared."""
         changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor | Norm):
+            if isinstance(value, Tensor | Norm | Affine | Chain):
                 changed[field.name] = value.to(dtype)
         return replace(self, **changed)
 
-    def query(self, x: Tensor) -> Tensor:
-        """Queries (..., D) of normed tokens (..., D)."""
-        d = self.width
-        return F.linear(x, self.qkv_weight[:d], None if self.qkv_bias is None else self.qkv_bias[:d])
-
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (..., D) of normed tokens (..., D): two views of one product."""
-        d = self.width
-        kv = F.linear(x, self.qkv_weight[d:], None if self.qkv_bias is None else self.qkv_bias[d:])
-        return kv[..., :d], kv[..., d:]
+        """Keys and values (B, N, D) of normed tokens x (B, N, D)."""
+        raise NotImplementedError
 
-    def out(self, o: Tensor) -> Tensor:
-        """What attention output o (..., D) adds to the residual stream."""
-        y = F.linear(o, self.out_weight, self.out_bias)
-        return y if self.scale1 is None else y * self.scale1
+    def pooled_query(self, h: Tensor, x: Tensor, pooled: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(residual stream, query), (B, D) each, of the pooled token at positions (B,); x: norm1 of h (B, N, D).
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """What the MLP adds to the residual stream x (..., D)."""
-        u = F.linear(self.norm2(x), self.fc_weight, self.fc_bias)
-        # In place saves a pass over the widest tensor of the block; autograd needs u itself for the derivative.
-        m = self.act.value(u) if torch.is_grad_enabled() else self.act.value_(u)
-        y = F.linear(m, self.proj_weight, self.proj_bias)
-        return y if self.scale2 is None else y * self.scale2
+        None for a residual stream where there is none.
+        """
+        raise NotImplementedError
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, heads: int | None = None, mask: Tensor | None = None
@@ -142,28 +101,111 @@ class Block:
         that the published Grad-ECLIP code runs.
         """
         h = heads or self.heads
-        o = F.scaled_dot_product_attention(_split(q, h), _split(k, h), _split(v, h), attn_mask=mask)
+        o = F.scaled_dot_product_attention(_split(q, h), _split(k, h), _split(v, h), attn_mask=mask, scale=self.scale)
         return o.transpose(1, 2).flatten(2)
 
     def attention(self, q: Tensor, k: Tensor, *, heads: int | None = None, mask: Tensor | None = None) -> Tensor:
         """The softmax itself, as `attend` applies it: (B, H, M, N)."""
         h = heads or self.heads
-        scores = (_split(q, h) * (q.shape[-1] // h) ** -0.5) @ _split(k, h).mT
+        # The caller may ask for a few heads alone: a head's width says what the scale is.
+        scale = (q.shape[-1] // h) ** -0.5 if self.scale is None else self.scale
+        scores = (_split(q, h) * scale) @ _split(k, h).mT
         return (scores if mask is None else scores + mask).softmax(-1)
+
+    def scale_of(self, heads: int | None = None) -> float:
+        """What products of queries and keys are multiplied with."""
+        return (self.width // (heads or self.heads)) ** -0.5 if self.scale is None else self.scale
+
+    def above(self, h: Tensor, o: Tensor) -> Tensor:
+        """The output for the input h and the attention's output o, all (..., D)."""
+        return self.rest(add(self.branch(o), h))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(AttentionBlock):
+    """One transformer block, in which every token attends.
+
+    qkv: (3D, D'), queries, keys and values in this order. qk_norm: norms of each head's queries and keys.
+    """
+
+    qkv: Affine
+    qk_norm: tuple[Norm, Norm] | None = None
+    rotary: Rotary | None = None
+
+    def query(self, x: Tensor) -> Tensor:
+        """Queries (B, N, D) of all normed tokens x (B, N, D)."""
+        return self._turned(self.qkv.part(slice(None, self.width))(x), 0)
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Two views of one product."""
+        k, v = self.qkv.part(slice(self.width, None))(x).split(self.width, dim=-1)
+        return self._turned(k, 1), v
+
+    def pooled_query(self, h: Tensor, x: Tensor, pooled: Tensor) -> tuple[Tensor | None, Tensor]:
+        rows = torch.arange(h.shape[0], device=h.device)
+        q = self.qkv.part(slice(None, self.width))(x[rows, pooled])
+        if self.qk_norm is not None:
+            q = self.qk_norm[0](q.unflatten(-1, (self.heads, -1))).flatten(-2)
+        # A rotary tower's pooled token is one of its prefix, which is not turned.
+        return h[rows, pooled], q
 
     def query_key_value(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, N, D) of the block's input h (B, N, D): three views of one product."""
-        q, k, v = F.linear(self.norm1(h), self.qkv_weight, self.qkv_bias).split(self.width, dim=-1)
-        return q, k, v
+        q, k, v = self.qkv(self.norm1(h)).split(self.width, dim=-1)
+        return self._turned(q, 0), self._turned(k, 1), v
 
-    def above(self, h: Tensor, o: Tensor) -> Tensor:
-        """The block's output for its input h and its attention's output o, all (B, N, D)."""
-        h = h + self.out(o)
-        return h.add_(self.mlp(h)) if not torch.is_grad_enabled() else h + self.mlp(h)
+    def _turned(self, x: Tensor, which: int) -> Tensor:
+        """Queries (which 0) or keys (1) of all tokens as the attention sees them."""
+        if self.qk_norm is None and self.rotary is None:
+            return x
+        split = _split(x, self.heads)
+        if self.qk_norm is not None:
+            split = self.qk_norm[which](split)
+        if self.rotary is not None:
+            split = self.rotary(split)
+        return split.transpose(1, 2).flatten(2)
 
     def __call__(self, h: Tensor, *, heads: int | None = None, mask: Tensor | None = None) -> Tensor:
         """The block's output (B, N, D) for its input h (B, N, D)."""
         return self.above(h, self.attend(*self.query_key_value(h), heads=heads, mask=mask))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool(AttentionBlock):
+    """An attention pool: one query over all tokens, without a residual stream below it.
+
+    query: (D,), what a learned latent asks; or a map of the normed first token, where that one is the query.
+    kv: (2D, D'), keys and values in this order. key_norm: of each head's keys.
+    """
+
+    query: Tensor | Affine
+    kv: Affine
+    key_norm: Norm | None = None
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.kv(x).split(self.width, dim=-1)
+        return k if self.key_norm is None else self.key_norm(k.unflatten(-1, (self.heads, -1))).flatten(-2), v
+
+    def output(self, h: Tensor) -> Tensor:
+        """The attention's output o (B, D) for tokens h (B, N, D), without keys and values of them all.
+
+        There is one query, so its products with W_k and W_v cost a row a head where keys and values cost one a token:
+        q . W_k t = (W_k^T q) . t and sum a W_v t = W_v sum a t. The keys' bias adds the same to all of a softmax.
+        """
+        x = self.norm1(h)
+        _, q = self.pooled_query(h, x, torch.zeros(0))
+        if self.key_norm is not None:
+            return self.attend(q[:, None], *self.key_value(x))[:, 0]
+        k, v = (weight.unflatten(0, (self.heads, -1)) for weight in self.kv.weight.split(self.width))
+        rows = torch.einsum("bhd,hdc->bhc", q.unflatten(-1, (self.heads, -1)) * self.scale_of(), k)
+        a = (rows @ x.mT).softmax(-1)
+        o = torch.einsum("bhc,hdc->bhd", a @ x, v).flatten(1)
+        return o if self.kv.bias is None else o + self.kv.bias[self.width :]
+
+    def pooled_query(self, h: Tensor, x: Tensor, pooled: Tensor) -> tuple[None, Tensor]:
+        if isinstance(self.query, Tensor):
+            return None, self.query.expand(len(x), -1)
+        return None, self.query(x[:, 0])
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.models.block import Block
-from clipfast.models.tail import LinearTail, Tail, affine, gain_, norm_jacobian, product, standardize
+from clipfast.models.layers import ChainDerivative, Derivative, product
+from clipfast.models.tail import LinearTail, Tail
 from clipfast.models.tower import Site, Tower
 
 Gradients = Callable[[Tensor], list[Tensor]]
@@ -42,11 +43,11 @@ def site_gradients(
     """
     if len(sites) == 1:
         return lambda cotangents: [tail.vjp(cotangents)]
-    blocks = tower.blocks[-len(sites) :]
-    if len(sites) == 2 or tower.causal:
+    blocks = tower.trunk[-len(sites) :]
+    if (len(sites) == 2 or tower.causal) and all(block.qk_norm is None for block in blocks):
         ways = zip(blocks, blocks[1:], sites, sites[1:], strict=False)
         return _PooledToken(tail, [LinearStep.at(*way, pooled, heads) for way in ways])
-    dtype = tower.tail.proj.dtype
+    dtype = tower.result_dtype
     return _AllTokens([block.to(dtype) for block in blocks], tower.tail, bottom.to(dtype), pooled, heads)
 
 
@@ -75,43 +76,42 @@ class _PooledToken:
 class LinearStep:
     """The derivative of the pooled token's way from one block's attention output o to the next one's, at one point.
 
-    y = r + s1 * (W_o o + b_o);   r' = y + s2 * mlp(norm2 y);   o' = attention of norm1(r') to the others and itself
+    r' = rest(r + branch(o));   o' = attention of norm1(r') to the others and itself
     """
 
-    below: Block
     above: Block
-    x2: Tensor  # (B, D) standardised input of the lower block's norm2, and 1/sigma (B, 1)
-    r2: Tensor
-    slope: Tensor  # (B, F) derivative of the activation
-    x1: Tensor  # (B, D) the same for the upper block's norm1
-    r1: Tensor
+    branch: ChainDerivative
+    rest: ChainDerivative
+    norm: Derivative  # of the upper block's first norm
     q: Tensor  # (B, H, d)
     k: Tensor  # (B, N, H, d)
     v: Tensor
     a: Tensor  # (B, H, N) the pooled token's attention
+    scale: float
     pooled: Tensor
 
     @classmethod
     def at(cls, below: Block, above: Block, site: Site, upper: Site, pooled: Tensor, heads: int | None) -> LinearStep:
         """Between the sites of two neighbouring blocks; the blocks in the trunk's dtype."""
         wide = below.to(site.o.dtype)
-        y = site.residual + wide.out(site.o)
-        x2, r2 = standardize(y, wide.norm2.eps)
-        slope = wide.act.derivative(F.linear(affine(x2, wide.norm2), wide.fc_weight, wide.fc_bias))
-        x1, r1 = standardize(upper.residual, above.norm1.eps)
+        y, branch = wide.branch.linearize(site.o)
+        assert site.residual is not None and upper.residual is not None
+        _, rest = wide.rest.linearize(site.residual + y)
+        _, norm = above.norm1.to(site.o.dtype).linearize(upper.residual)
         split = (heads or above.heads, -1)
         q, k, v = (t.unflatten(-1, split) for t in (upper.q, upper.k, upper.v))
-        scores = torch.einsum("bhd,bnhd->bhn", q * q.shape[-1] ** -0.5, k)
+        scale = above.scale_of(heads)
+        scores = torch.einsum("bhd,bnhd->bhn", q * scale, k)
         if upper.mask is not None:
             scores = scores.masked_fill(~upper.mask[:, None], -torch.inf)
-        return cls(below, above, x2, r2, slope, x1, r1, q, k, v, scores.softmax(-1), pooled)
+        return cls(above, branch, rest, norm, q, k, v, scores.softmax(-1), scale, pooled)
 
     def vjp(self, at_residual: Tensor, at_output: Tensor) -> tuple[Tensor, Tensor]:
         """From gradients (B, R, D) at r' and o' to those at r and o."""
-        below, g = self.below, at_output.unflatten(-1, self.q.shape[1:])
+        g = at_output.unflatten(-1, self.q.shape[1:])
         a = self.a[:, None]
         slopes = torch.einsum("brhd,bnhd->brhn", g, self.v)
-        slopes = (slopes - (slopes * a).sum(-1, keepdim=True)).mul_(a).mul_(self.q.shape[-1] ** -0.5)
+        slopes = (slopes - (slopes * a).sum(-1, keepdim=True)).mul_(a).mul_(self.scale)
         rows = torch.arange(len(a), device=a.device)
         # The pooled token's own key and value move with it.
         own, own_a = slopes[rows, :, :, self.pooled], self.a[rows, :, self.pooled]
@@ -120,12 +120,10 @@ class LinearStep:
             own[..., None] * self.q[:, None],
             own_a[:, None, :, None] * g,
         )
-        through = product(torch.cat([t.flatten(2) for t in towards], dim=-1), self.above.qkv_weight)
-        at_row = at_residual + norm_jacobian(gain_(through, self.above.norm1), self.x1, self.r1)
-        at_mlp = product(at_row if below.scale2 is None else at_row * below.scale2, below.proj_weight)
-        at_mlp = gain_(product(at_mlp.mul_(self.slope[:, None]), below.fc_weight), below.norm2)
-        at_y = at_row.add_(norm_jacobian(at_mlp, self.x2, self.r2))
-        return at_y, product(at_y if below.scale1 is None else at_y * below.scale1, below.out_weight)
+        through = product(torch.cat([t.flatten(2) for t in towards], dim=-1), self.above.qkv.weight)
+        at_row = self.norm.vjp(through, owned=True).add_(at_residual)
+        at_y = self.rest.vjp(at_row, owned=True)
+        return at_y, self.branch.vjp(at_y)
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,6 @@ class _AllTokens:
     def __call__(self, cotangents: Tensor) -> list[Tensor]:
         h = self.bottom
         batch, tokens, width = h.shape
-        rows = torch.arange(batch, device=h.device)
         cotangents = cotangents.expand(batch, *cotangents.shape[-2:])
         with torch.enable_grad():
             at_pooled = F.one_hot(self.pooled, tokens).to(h.dtype)[..., None]
@@ -149,14 +146,13 @@ class _AllTokens:
                 torch.zeros(batch, 1, width, dtype=h.dtype, device=h.device, requires_grad=True) for _ in self.blocks
             ]
             for block, shift in zip(self.blocks[:-1], shifts[:-1], strict=True):
-                x = block.norm1(h)
-                o = block.attend(block.query(x), *block.key_value(x), heads=self.heads)
-                h = h + block.out(o + at_pooled * shift)
-                h = h + block.mlp(h)
+                o = block.attend(*block.query_key_value(h), heads=self.heads)
+                h = block.above(h, o + at_pooled * shift)
             last = self.blocks[-1]
             x = last.norm1(h)
-            o = last.attend(last.query(x[rows, self.pooled])[:, None], *last.key_value(x), heads=self.heads)
-            z = self.tail(h[rows, self.pooled], (o + shifts[-1])[:, 0])
+            residual, q = last.pooled_query(h, x, self.pooled)
+            o = last.attend(q[:, None], *last.key_value(x), heads=self.heads)
+            z = self.tail(residual, (o + shifts[-1])[:, 0])
             found = [
                 torch.autograd.grad(z, shifts, cotangents[:, r], retain_graph=True) for r in range(cotangents.shape[1])
             ]

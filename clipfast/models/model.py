@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from clipfast.data.geometry import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
-from clipfast.models.openclip import image_tower, text_tower, trained_weights
+from clipfast.models.openclip import trained_weights
+from clipfast.models.read import AnyImageTower, image_tower, text_tower
 from clipfast.models.reader import TokenReader
-from clipfast.models.resnet import ResNetTower, resnet_tower
 from clipfast.models.tokens import TokenStates, word_states
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.tower import TextTower
 from clipfast.models.words import Word
 
 Precision = Literal["float32", "bfloat16", "auto"] | None
 Tokenizer = Callable[[list[str]], Tensor]
-AnyImageTower = ImageTower | ResNetTower
 
 _TEXT_BATCH = 256
 
@@ -46,7 +45,7 @@ class Model:
         self.name = name or type(module).__name__
         self._towers: dict[torch.dtype | None, tuple[Any, AnyImageTower, TextTower]] = {}
         with torch.no_grad():
-            tower = _image_tower(module)
+            tower = image_tower(module)
         if preprocess is None:
             self.spec = _own_spec(module, tower)
         elif isinstance(preprocess, InputSpec):
@@ -57,8 +56,9 @@ class Model:
 
     def __repr__(self) -> str:
         tower, _ = self.towers()
+        depth = len(getattr(tower, "bottlenecks", tower.blocks))
         return (
-            f"<clipfast model {self.name}: {len(getattr(tower, 'bottlenecks', tower.blocks))} x {tower.width}, patch {tower.patch_size[0]}, "
+            f"<clipfast model {self.name}: {depth} x {tower.width}, patch {tower.patch_size[0]}, "
             f"input {self.spec.size[0]} x {self.spec.size[1]}, embedding {tower.embed_dim}, "
             f"{tower.dtype}, {tower.device}>"
         )
@@ -79,7 +79,7 @@ class Model:
         cached = self._towers.get(dtype)
         if cached is None or cached[0] != state:
             with torch.no_grad():
-                image = replace(_image_tower(self.module, dtype), black=self.spec.black)
+                image = replace(image_tower(self.module, dtype), black=self.spec.black)
                 cached = (state, image, text_tower(self.module, dtype))
             self._towers[dtype] = cached
         return cached[1], cached[2]
@@ -91,7 +91,7 @@ class Model:
         For one step of training: read them again after it. `towers` is what everything else uses.
         """
         with trained_weights():
-            return _image_tower(self.module), text_tower(self.module)
+            return image_tower(self.module), text_tower(self.module)
 
     def _dtype(self, precision: Precision) -> torch.dtype | None:
         if precision is None:
@@ -222,11 +222,6 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
-
-
-def _image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyImageTower:
-    resnet = hasattr(getattr(module, "visual", None), "attnpool")
-    return resnet_tower(module, dtype) if resnet else image_tower(module, dtype)
 
 
 def _fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:

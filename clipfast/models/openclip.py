@@ -1,4 +1,4 @@
-"""Reads towers out of open_clip and OpenAI CLIP modules: vision and text transformers that pool CLS or EOT.
+"""Reads towers out of open_clip's and OpenAI's own VisionTransformer and text transformer.
 
 Parameters are found by their names, never by the class of the module that holds them: open_clip changes its attention
 class between releases, the names stay.
@@ -10,15 +10,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipfast.errors import ModelError
-from clipfast.models.block import GELU, GELU_TANH, QUICK_GELU, Activation, Block, Norm
+from clipfast.models.block import Block, Pool
+from clipfast.models.layers import GELU, GELU_TANH, QUICK_GELU, Activation, Affine, Chain, Norm, Residual, Scale, Stage
 from clipfast.models.tail import Tail
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.tower import PatchTower, TextTower
 
 SUPPORTED = (
     "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN), "
@@ -43,8 +45,8 @@ def unsupported(path: str, why: str) -> ModelError:
     return ModelError(f"{path} {why}; {SUPPORTED}.")
 
 
-def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ImageTower:
-    """The image side of an open_clip or OpenAI CLIP module.
+def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> PatchTower:
+    """The image side of an open_clip or OpenAI CLIP module whose `visual` is their VisionTransformer.
 
     dtype: the trunk's; None keeps the weights as they are. Tensors are shared with the module unless a cast is needed.
     Raises ModelError naming the part that does not fit.
@@ -56,30 +58,68 @@ def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ImageTow
     for name in ("conv1", "class_embedding", "positional_embedding", "ln_post", "transformer"):
         if getattr(v, name, None) is None:
             raise unsupported(where, f"has no '{name}'")
-    if getattr(v, "attn_pool", None) is not None:
-        raise unsupported(where, "pools with attention")
-    if getattr(v, "pool_type", "tok") != "tok":
-        raise unsupported(where, f"pools by '{v.pool_type}', not its class token")
     if getattr(v, "proj", None) is None:
         raise unsupported(where, "has no projection 'proj' into the joint space")
-    blocks = read_blocks(v.transformer, "visual.transformer", dtype)
-    trunk = blocks[0].out_weight.dtype
+    blocks: list[Any] = list(read_blocks(v.transformer, "visual.transformer", dtype))
+    trunk = blocks[0].dtype
     patch = v.conv1
     if tuple(patch.stride) != tuple(patch.kernel_size) or any(patch.padding):
         raise unsupported("visual.conv1", "cuts patches that overlap or are padded")
-    prefix = read_weight(v.class_embedding, trunk).reshape(-1, v.class_embedding.shape[-1])
+    first = read_weight(v.class_embedding, trunk).reshape(-1, v.class_embedding.shape[-1])
     positions = read_weight(v.positional_embedding, trunk)
-    return ImageTower(
+    proj = Affine(read_weight(v.proj.T))
+    head: list[Stage] = [read_norm(v.ln_post, "visual.ln_post"), proj]
+    mean = False
+    if getattr(v, "attn_pool", None) is not None:
+        if getattr(v, "attn_pool_contrastive", None) is not None or getattr(v, "pool_type", "tok") != "tok":
+            raise unsupported(where, "pools with two attentions, or the mean of several queries")
+        blocks.append(_read_pool(v.attn_pool, "visual.attn_pool", dtype))
+    else:
+        pool = getattr(v, "pool_type", "tok")
+        if pool not in ("tok", "avg"):
+            raise unsupported(where, f"pools by '{pool}'")
+        mean = pool == "avg"
+        if mean and not getattr(v, "final_ln_after_pool", False):
+            # The norm acts on every token before their mean: it belongs to the last block.
+            norm = read_norm(v.ln_post, "visual.ln_post", dtype)
+            blocks[-1] = replace(blocks[-1], rest=blocks[-1].rest + Chain((norm,)))
+            head = [proj]
+    return PatchTower(
         blocks=blocks,
-        tail=read_tail(blocks[-1], v.ln_post, v.proj, "visual"),
+        tail=Tail.above(blocks[-1], *head),
         causal=False,
         logit_scale=read_logit_scale(module),
+        grid=read_grid(v, positions.shape[0] - first.shape[0]),
+        prefix=first.shape[0],
+        mean=mean,
         patch_weight=read_weight(patch.weight, trunk),
-        patch_bias=_optional(patch.bias, trunk),
-        prefix=prefix,
+        patch_bias=read_optional(patch.bias, trunk),
+        first=first,
         positions=positions,
-        grid=_grid(v, positions.shape[0] - prefix.shape[0]),
-        norm_pre=None if isinstance(v.ln_pre, nn.Identity) else read_norm(v.ln_pre, "visual.ln_pre", dtype),
+        norm_pre=Chain() if isinstance(v.ln_pre, nn.Identity) else read_norm(v.ln_pre, "visual.ln_pre", dtype),
+    )
+
+
+def _read_pool(pool: Any, path: str, dtype: torch.dtype | None) -> Pool:
+    """CoCa's attention pool, of which the first query is the image's."""
+    for name in ("query", "attn", "ln_q", "ln_k"):
+        if not hasattr(pool, name):
+            raise unsupported(f"{path} ({type(pool).__name__})", f"has no '{name}'")
+    attn = pool.attn
+    width = pool.query.shape[-1]
+    if getattr(attn, "in_proj_weight", None) is not None:
+        q, k, v = read_weight(attn.in_proj_weight, dtype).split(width)
+    else:
+        q, k, v = (read_weight(getattr(attn, f"{name}_proj_weight"), dtype) for name in "qkv")
+    bias = read_optional(attn.in_proj_bias, dtype)
+    latent = read_norm(pool.ln_q, f"{path}.ln_q", dtype)(read_weight(pool.query[0], dtype))
+    return Pool(
+        heads=attn.num_heads,
+        norm1=read_norm(pool.ln_k, f"{path}.ln_k", dtype),
+        query=Affine(q, None if bias is None else bias[:width])(latent),
+        kv=Affine(torch.cat((k, v)), None if bias is None else bias[width:]),
+        branch=Chain((read_linear(attn.out_proj, dtype),)),
+        rest=Chain(),
     )
 
 
@@ -107,11 +147,14 @@ def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower
             raise unsupported(f"{where}.attn_mask", "is not a causal mask")
     blocks = read_blocks(t.transformer, "transformer", dtype)
     projection = getattr(t, "text_projection", None)
-    if projection is None:
-        projection = torch.eye(blocks[0].width, device=blocks[0].out_weight.device)
+    head: list[Stage] = []
+    if isinstance(projection, nn.Linear):
+        head = [read_linear(projection)]
+    elif projection is not None:
+        head = [Affine(read_weight(projection.T))]
     return TextTower(
         blocks=blocks,
-        tail=read_tail(blocks[-1], t.ln_final, projection, where),
+        tail=Tail.above(blocks[-1], read_norm(t.ln_final, f"{where}.ln_final"), *head),
         causal=mask is not None,
         logit_scale=read_logit_scale(module),
         table=read_weight(t.token_embedding.weight),
@@ -147,41 +190,21 @@ def read_block(block: Any, path: str, dtype: torch.dtype | None) -> Block:
     if not hasattr(mlp, "c_fc") or not hasattr(mlp, "c_proj"):
         raise unsupported(f"{path}.mlp ({type(mlp).__name__})", "has no 'c_fc' and 'c_proj'")
 
+    mlp_stages = (read_linear(mlp.c_fc, dtype), read_activation(mlp, path), read_linear(mlp.c_proj, dtype))
+    norm2 = read_norm(block.ln_2, f"{path}.ln_2", dtype)
     return Block(
         heads=attn.num_heads,
         norm1=read_norm(block.ln_1, f"{path}.ln_1", dtype),
-        qkv_weight=read_weight(attn.in_proj_weight, dtype),
-        qkv_bias=_optional(attn.in_proj_bias, dtype),
-        out_weight=read_weight(attn.out_proj.weight, dtype),
-        out_bias=_optional(attn.out_proj.bias, dtype),
-        scale1=_optional(_layer_scale(block, "ls_1", path), dtype),
-        norm2=read_norm(block.ln_2, f"{path}.ln_2", dtype),
-        fc_weight=read_weight(mlp.c_fc.weight, dtype),
-        fc_bias=_optional(mlp.c_fc.bias, dtype),
-        act=_activation(mlp, path),
-        proj_weight=read_weight(mlp.c_proj.weight, dtype),
-        proj_bias=_optional(mlp.c_proj.bias, dtype),
-        scale2=_optional(_layer_scale(block, "ls_2", path), dtype),
+        qkv=Affine(read_weight(attn.in_proj_weight, dtype), read_optional(attn.in_proj_bias, dtype)),
+        branch=Chain((read_linear(attn.out_proj, dtype), *_layer_scale(block, "ls_1", path, dtype))),
+        rest=Chain((Residual(Chain((norm2, *mlp_stages, *_layer_scale(block, "ls_2", path, dtype)))),)),
     )
 
 
-def read_norm(norm: Any, path: str, dtype: torch.dtype | None) -> Norm:
+def read_norm(norm: Any, path: str, dtype: torch.dtype | None = None) -> Norm:
     if not isinstance(norm, nn.LayerNorm):
         raise unsupported(f"{path} ({type(norm).__name__})", "is not a LayerNorm")
-    return Norm(_optional(norm.weight, dtype), _optional(norm.bias, dtype), norm.eps)
-
-
-def read_tail(block: Block, norm: Any, projection: Tensor | nn.Linear, path: str) -> Tail:
-    """The tail in float32, or float64 when the block above it is float64."""
-    dtype = torch.float64 if block.out_weight.dtype == torch.float64 else torch.float32
-    weight, bias = (projection.weight.T, projection.bias) if isinstance(projection, nn.Linear) else (projection, None)
-    return Tail(
-        block=block.to(dtype),
-        rows=block,
-        norm=read_norm(norm, f"{path}.{'ln_post' if path == 'visual' else 'ln_final'}", dtype),
-        proj=read_weight(weight, dtype),
-        proj_bias=_optional(bias, dtype),
-    )
+    return Norm(read_optional(norm.weight, dtype), read_optional(norm.bias, dtype), norm.eps)
 
 
 def read_logit_scale(module: Any) -> float:
@@ -199,21 +222,26 @@ def read_weight(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return t.clone() if t.is_inference() else t
 
 
-def _optional(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def read_optional(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return None if t is None else read_weight(t, dtype)
 
 
-def _layer_scale(block: Any, name: str, path: str) -> Tensor | None:
+def read_linear(linear: Any, dtype: torch.dtype | None = None) -> Affine:
+    """An nn.Linear, or what else has its `weight` (out, in) and `bias`."""
+    return Affine(read_weight(linear.weight, dtype), read_optional(linear.bias, dtype))
+
+
+def _layer_scale(block: Any, name: str, path: str, dtype: torch.dtype | None) -> tuple[Scale, ...]:
     scale = getattr(block, name, None)
     if scale is None or isinstance(scale, nn.Identity):
-        return None
+        return ()
     gamma = getattr(scale, "gamma", None)
     if not isinstance(gamma, Tensor):
         raise unsupported(f"{path}.{name} ({type(scale).__name__})", "is not a LayerScale with 'gamma'")
-    return gamma
+    return (Scale(read_weight(gamma, dtype)),)
 
 
-def _activation(mlp: Any, path: str) -> Activation:
+def read_activation(mlp: Any, path: str) -> Activation:
     found = getattr(mlp, "gelu", None) or getattr(mlp, "act", None)
     if isinstance(found, nn.GELU):
         return GELU_TANH if found.approximate == "tanh" else GELU
@@ -222,11 +250,12 @@ def _activation(mlp: Any, path: str) -> Activation:
     raise unsupported(f"{path}.mlp", f"activates with {type(found).__name__}, not GELU or QuickGELU")
 
 
-def _grid(visual: Any, patches: int) -> tuple[int, int]:
-    grid = getattr(visual, "grid_size", None)
+def read_grid(owner: Any, patches: int, path: str = "visual") -> tuple[int, int]:
+    """The grid that a module's `patches` positions lie on: its own `grid_size`, or a square."""
+    grid = getattr(owner, "grid_size", None)
     if grid is not None and len(tuple(grid)) == 2 and grid[0] * grid[1] == patches:
         return int(grid[0]), int(grid[1])
     side = math.isqrt(patches)
     if side * side != patches:
-        raise unsupported("visual.positional_embedding", f"has {patches} patches that form no known grid")
+        raise unsupported(f"{path}.positional_embedding", f"has {patches} patches that form no known grid")
     return side, side

@@ -1,26 +1,30 @@
 """Towers: what attribution methods need from one side of a CLIP model.
 
 A tower runs its blocks from the model's weights up to the *site*, the attention that writes the pooled token, and
-hands out that attention's q, k, v and residual together with the tail above it. Both sides look the same to a method.
+hands out that attention's q, k, v and residual together with the tail above it. Both sides, and every family of models,
+look the same to a method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.errors import InputError
-from clipfast.models.block import Block, Norm
+from clipfast.models.block import AttentionBlock, Block, Pool, Rotary
+from clipfast.models.layers import Chain, Norm
 from clipfast.models.tail import Tail
 
 # Tokens in one pass of a tower. On a CPU small batches stay in its caches: a tower is about a tenth cheaper an image
 # in batches of 4 than of 28 (ViT-B/16); a GPU wants to be filled.
 CPU_TOKENS, GPU_TOKENS = 800, 32768
+
+Resize = Literal["bicubic", "bicubic_antialias", "bilinear_antialias"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,15 @@ class Site:
 
     q (B, D): the pooled token's query. k, v (B, N, D): all tokens, prefix included. o (B, D): the pooled token's
     attention output, heads concatenated, before the output projection. residual (B, D): the pooled token's residual
-    stream below that attention. mask (B, N): True for tokens that the pooled token may attend to, or None for all.
+    stream below that attention, None where there is none (attention pools). mask (B, N): True for tokens that the
+    pooled token may attend to, or None for all.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     o: Tensor
-    residual: Tensor
+    residual: Tensor | None
     mask: Tensor | None = None
 
 
@@ -52,14 +57,17 @@ class Layer:
     o: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tower:
-    """One side of the model: blocks, the final norm and projection, and where the pooled token is.
+    """One side of the model: blocks, what makes an embedding of the last one's output, and where the pooled token is.
 
-    `blocks` run in the trunk's dtype; `tail` and everything at the site in float32, or float64 for a float64 model.
+    The last of `blocks` is where the embedding is pooled: a transformer's own last block, or an attention pool above
+    it. They run in the trunk's dtype; `tail` and everything at the site in float32, or float64 for a float64 model.
+
+    pooled tokens come as positions (B,), or where the embedding is of a mean over tokens, as weights (B, N).
     """
 
-    blocks: Sequence[Block]
+    blocks: Sequence[AttentionBlock]
     tail: Tail
     causal: bool
     # exp of the model's logit scale: what its softmax over classes multiplies cosines by.
@@ -70,26 +78,31 @@ class Tower:
         return len(self.blocks)
 
     @property
+    def trunk(self) -> Sequence[Block]:
+        """The blocks in which every token attends: all but an attention pool."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    @property
     def width(self) -> int:
         return self.blocks[0].width
 
     @property
     def embed_dim(self) -> int:
-        return self.tail.proj.shape[1]
+        return self.tail.embed_dim
 
     @property
     def dtype(self) -> torch.dtype:
         """The trunk's dtype."""
-        return self.blocks[0].out_weight.dtype
+        return self.blocks[0].dtype
 
     @property
     def result_dtype(self) -> torch.dtype:
         """The dtype of embeddings, scores and maps."""
-        return self.tail.proj.dtype
+        return self.tail.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.tail.proj.device
+        return self.tail.device
 
     def block_index(self, index: int | str, name: str) -> int:
         """The number of the block that a parameter `name` means; negative ones count from the top.
@@ -122,8 +135,8 @@ class Tower:
         heads: int | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Blocks start..stop-1 on tokens h (B, N, D); stop=None runs to the top."""
-        for block in self.blocks[start:stop]:
+        """Blocks start..stop-1 of the trunk on tokens h (B, N, D); stop=None runs to its top."""
+        for block in self.trunk[start:stop]:
             h = block(h, heads=heads, mask=mask)
         return h
 
@@ -136,11 +149,11 @@ class Tower:
         heads: int | None = None,
         mask: Tensor | None = None,
     ) -> Iterator[tuple[Layer, Tensor]]:
-        """Blocks start..stop-1, run as they are asked for: (what happened in the block, its output (B, N, D)).
+        """Blocks start..stop-1 of the trunk, run as they are asked for: (what happened in it, its output (B, N, D)).
 
         Differentiable in h where gradients are enabled.
         """
-        for block in self.blocks[start:stop]:
+        for block in self.trunk[start:stop]:
             q, k, v = block.query_key_value(h)
             o = block.attend(q, k, v, heads=heads, mask=mask)
             out = block.above(h, o)
@@ -154,9 +167,35 @@ class Tower:
 
         Differentiable in h where gradients are enabled. Arguments as for `run` and `site`.
         """
+        if pooled.ndim == 2:
+            return self.top(self.run(h, start, mask=mask), pooled)
         h = self.run(h, start, self.depth - 1, mask=mask)
+        last = self.blocks[-1]
+        if isinstance(last, Pool):
+            return self.tail(None, last.output(h).to(self.result_dtype))
         site = self.site(h, pooled, visible=visible)
         return self.tail(site.residual, site.o)
+
+    def top(self, h: Tensor, pooled: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of what leaves the trunk, h (B, N, D)."""
+        h = h.to(self.result_dtype)
+        if isinstance(self.blocks[-1], Pool):
+            return self.finish(h.to(self.dtype), pooled, self.depth - 1)
+        if pooled.ndim == 2:
+            return F.normalize(self.tail.project((pooled.to(h.dtype)[:, None] @ h)[:, 0]), dim=-1)
+        return F.normalize(self.tail.project(h[torch.arange(len(h), device=h.device), pooled]), dim=-1)
+
+    def project(self, h: Tensor) -> Tensor:
+        """What leaves the trunk, h (..., D), each token for itself in the joint space, not normalised: (..., E).
+
+        Through the final norm and projection; where an attention pool lies between, as if it attended to this token
+        alone.
+        """
+        pool = self.blocks[-1]
+        if not isinstance(pool, Pool):
+            return self.tail.project(h.to(self.result_dtype))
+        _, v = pool.key_value(pool.norm1(h.to(self.dtype)))
+        return self.tail.embed(None, v.to(self.result_dtype))
 
     def site(
         self,
@@ -170,49 +209,59 @@ class Tower:
         """The site of block `index` for its input h (B, N, D): keys and values of all tokens, the rest of the pooled.
 
         pooled (B,): each sequence's pooled position. visible (B, N): True where the pooled token may look.
+
+        Raises InputError for a tower that pools the mean of its tokens: it has no site.
         """
+        if pooled.ndim == 2:
+            raise InputError("this tower pools the mean of its tokens: no single token's attention writes it.")
         block = self.blocks[index]
-        rows = torch.arange(h.shape[0], device=h.device)
         x = block.norm1(h)
-        residual = h[rows, pooled]
-        q = block.query(x[rows, pooled])
+        residual, q = block.pooled_query(h, x, pooled)
         k, v = block.key_value(x)
         del x
         mask = None if visible is None else torch.where(visible, 0.0, -torch.inf).to(q.dtype)[:, None, None, :]
         o = block.attend(q[:, None], k, v, heads=heads, mask=mask)[:, 0]
-        dtype = self.tail.proj.dtype
-        return Site(q.to(dtype), k.to(dtype), v.to(dtype), o.to(dtype), residual.to(dtype), visible)
+        return self._wide(Site(q, k, v, o, residual, visible))
 
     def site_of(self, layer: Layer, pooled: Tensor, *, visible: Tensor | None = None) -> Site:
         """The site of a block that `layers` has run for all tokens."""
         rows = torch.arange(layer.h.shape[0], device=layer.h.device)
         q, o, residual = (t[rows, pooled] for t in (layer.q, layer.o, layer.h))
-        q, k, v, o, residual = (t.to(self.tail.proj.dtype) for t in (q, layer.k, layer.v, o, residual))
-        return Site(q, k, v, o, residual, visible)
+        return self._wide(Site(q, layer.k, layer.v, o, residual, visible))
+
+    def _wide(self, site: Site) -> Site:
+        q, k, v, o = (t.to(self.result_dtype) for t in (site.q, site.k, site.v, site.o))
+        residual = None if site.residual is None else site.residual.to(self.result_dtype)
+        return Site(q, k, v, o, residual, site.mask)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageTower(Tower):
-    """A vision transformer whose embedding is its class token's.
+    """The image side. What lies below the first block is for each kind of stem to say.
 
-    patch_weight (D, 3, ph, pw) and patch_bias: the patch convolution; prefix (K, D): class and register tokens, the
-    pooled one first; positions (K + gh gw, D) for the grid (gh, gw) the model was trained on. black: what a black
-    pixel is after the model's normalisation, where its preprocessing is known.
+    grid (gh, gw): of the patches that the model was trained on. patch_size (ph, pw): pixels of one of them. prefix: how
+    many tokens come before the patches. black: what a black pixel is after the model's normalisation, where its
+    preprocessing is known. mean: whether the embedding is of the patches' mean, else the first token is pooled, or all
+    by an attention pool.
     """
 
-    patch_weight: Tensor
-    patch_bias: Tensor | None
-    prefix: Tensor
-    positions: Tensor
     grid: tuple[int, int]
-    norm_pre: Norm | None
+    prefix: int
+    mean: bool = False
     black: tuple[float, float, float] | None = None
 
     kind: ClassVar[str] = "vision transformer"
+    # Whether `patch` is linear in the pixels.
+    linear: ClassVar[bool] = True
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        return self.patch_weight.shape[2], self.patch_weight.shape[3]
+        raise NotImplementedError
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the embedding is that of a token which goes through all blocks: no attention pool, no mean."""
+        return isinstance(self.blocks[-1], Block) and not self.mean
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
         """Patch grid (h, w) of an input (B, 3, H, W); pixels beyond the last whole patch are not seen, as in the model.
@@ -226,53 +275,151 @@ class ImageTower(Tower):
             )
         return height // ph, width // pw
 
+    def fitted(self, grid: tuple[int, int]) -> ImageTower:
+        """The tower for inputs of a patch grid (h, w): itself, where nothing in its blocks depends on the grid."""
+        return self
+
     def patch(self, x: Tensor) -> Tensor:
-        """The linear part, (B, 3, H, W) -> (B, N, D): convolution, prefix tokens and positions.
+        """The linear part of the stem: tokens (B, N, D), or where the stem is not linear the pixels that it sees."""
+        raise NotImplementedError
+
+    def tokens(self, t: Tensor) -> Tensor:
+        """Input of block 0, (B, N, D), of what `patch` gives; differentiable where gradients are enabled."""
+        raise NotImplementedError
+
+    def to_pixels(self, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+        """Gradients with respect to what `patch` gives as those of all pixels of `size` (H, W): (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Input of block 0: (B, 3, H, W) -> (B, N, D)."""
+        return self.tokens(self.patch(x))
+
+    def from_patch(self, t: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of what `patch` gives; differentiable where gradients are enabled."""
+        h = self.tokens(t)
+        return self.finish(h, self.pooled(h))
+
+    def pooled(self, h: Tensor) -> Tensor:
+        """What is pooled of tokens h (B, N, D): the first one's position (B,), or the weights (B, N) of the patches."""
+        if not self.mean:
+            return torch.zeros(h.shape[0], dtype=torch.long, device=h.device)
+        weights = torch.zeros(h.shape[:2], dtype=self.result_dtype, device=h.device)
+        weights[:, self.prefix :] = 1 / (h.shape[1] - self.prefix)
+        return weights
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Unit embeddings (B, E) of normalised images (B, 3, H, W)."""
+        tower = self.fitted(self.grid_of(x))
+        h = tower.embed(x)
+        return tower.finish(h, tower.pooled(h))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTower(ImageTower):
+    """A vision transformer whose tokens are one convolution's patches.
+
+    patch_weight (D, 3, ph, pw) and patch_bias: that convolution. first (K, D): class and register tokens, the pooled
+    one first. positions (K + gh gw, D) for the grid (gh, gw) the model was trained on, or None; resize: how they are
+    brought to another. rotary: what rotary embeddings its blocks take for a grid.
+    """
+
+    patch_weight: Tensor
+    patch_bias: Tensor | None
+    first: Tensor | None = None
+    positions: Tensor | None = None
+    norm_pre: Norm | Chain = Chain()  # noqa: RUF009 (frozen)
+    resize: Resize = "bicubic"
+    rotary: Callable[[tuple[int, int]], Rotary | Sequence[Rotary]] | None = None
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.patch_weight.shape[2], self.patch_weight.shape[3]
+
+    def fitted(self, grid: tuple[int, int]) -> PatchTower:
+        if self.rotary is None or grid == self.grid:
+            return self
+        found = self.rotary(grid)
+        each = [found] * self.depth if isinstance(found, Rotary) else list(found)
+        blocks = [
+            replace(block, rotary=one) if isinstance(block, Block) and block.rotary is not None else block
+            for block, one in zip(self.blocks, [*each, *[None] * (self.depth - len(each))], strict=True)
+        ]
+        positions = None if self.positions is None else self.positions_for(grid)
+        return replace(self, blocks=blocks, grid=grid, positions=positions)
+
+    def patch(self, x: Tensor) -> Tensor:
+        """Convolution, prefix tokens and positions: (B, 3, H, W) -> (B, N, D).
 
         Another grid than the trained one gets resized positions (`resize_positions`).
         """
         grid = self.grid_of(x)
         t = F.conv2d(x.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias, stride=self.patch_size)
         t = t.flatten(2).transpose(1, 2)
-        t = torch.cat((self.prefix.expand(t.shape[0], -1, -1), t), dim=1)
+        if self.first is not None:
+            t = torch.cat((self.first.expand(t.shape[0], -1, -1), t), dim=1)
+        if self.positions is None:
+            return t
         return t.add_(self.positions_for(grid)) if not t.requires_grad else t + self.positions_for(grid)
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings (N, D) for a patch grid (h, w)."""
-        return resize_positions(self.positions, self.grid, grid)
+        assert self.positions is not None
+        return resize_positions(self.positions, self.grid, grid, self.resize)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Input of block 0: (B, 3, H, W) -> (B, N, D)."""
-        t = self.patch(x)
-        return t if self.norm_pre is None else self.norm_pre(t)
-
-    def from_patch(self, t: Tensor) -> Tensor:
-        """Unit embeddings (B, E) of what `patch` gives, (B, N, D); differentiable where gradients are enabled."""
-        h = t if self.norm_pre is None else self.norm_pre(t)
-        return self.finish(h, self.pooled(h))
+    def tokens(self, t: Tensor) -> Tensor:
+        return self.norm_pre(t)
 
     def to_pixels(self, gradient: Tensor, size: tuple[int, int]) -> Tensor:
-        """Gradients with respect to what `patch` gives, (B, N, D), as those of the pixels: (B, 3, H, W).
-
-        The transpose of `patch`. Pixels of `size` (H, W) beyond the last whole patch get zero.
-        """
+        """The transpose of `patch`, (B, N, D) -> (B, 3, H, W). Pixels beyond the last whole patch get zero."""
         (height, width), (ph, pw) = size, self.patch_size
         grid = (height // ph, width // pw)
-        patches = gradient[:, self.prefix.shape[0] :].mT.unflatten(2, grid)
+        patches = gradient[:, self.prefix :].mT.unflatten(2, grid)
         found = F.conv_transpose2d(patches, self.patch_weight.to(gradient.dtype), stride=self.patch_size)
         return F.pad(found, (0, width - grid[1] * pw, 0, height - grid[0] * ph))
 
-    def pooled(self, h: Tensor) -> Tensor:
-        """The pooled position of each sequence: the class token's, (B,)."""
-        return torch.zeros(h.shape[0], dtype=torch.long, device=h.device)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Unit embeddings (B, E) of normalised images (B, 3, H, W)."""
-        h = self.embed(x)
-        return self.finish(h, self.pooled(h))
+@dataclass(frozen=True, kw_only=True)
+class PixelTower(ImageTower):
+    """A tower whose tokens come out of something that is not linear in the pixels.
+
+    pixels (ph, pw): what one place of the grid covers.
+    """
+
+    pixels: tuple[int, int]
+
+    linear: ClassVar[bool] = False
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.pixels
+
+    def patch(self, x: Tensor) -> Tensor:
+        """The pixels that the tower sees, in the trunk's dtype: those beyond the last whole patch are not among them.
+
+        Raises InputError for an input smaller than one patch.
+        """
+        (h, w), (ph, pw) = self.grid_of(x), self.patch_size
+        return x[..., : h * ph, : w * pw].to(self.dtype)
+
+    def to_pixels(self, gradient: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.pad(gradient, (0, size[1] - gradient.shape[3], 0, size[0] - gradient.shape[2]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class StemTower(PixelTower):
+    """A transformer above convolutions.
+
+    stem: pixels (B, 3, H, W) of whole patches -> input of block 0, (B, N, D).
+    """
+
+    stem: Callable[[Tensor], Tensor]
+
+    def tokens(self, t: Tensor) -> Tensor:
+        return self.stem(t)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextTower(Tower):
     """A text transformer whose embedding is one token's.
 
@@ -329,10 +476,13 @@ def rows_at_once(device: torch.device, tokens: int, gradients: bool) -> int:
     return max(1, room // tokens)
 
 
-def resize_positions(positions: Tensor, trained: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def resize_positions(
+    positions: Tensor, trained: tuple[int, int], grid: tuple[int, int], how: Resize = "bicubic"
+) -> Tensor:
     """Position embeddings (K + gh gw, D), K prefix tokens before the `trained` grid (gh, gw), for another grid (h, w).
 
-    Bicubic, align_corners=False, no antialiasing, as the published explainers do it.
+    how: "bicubic" as the published explainers and transformers do it, "bicubic_antialias" as timm, "bilinear_antialias"
+    as SigLIP 2; all with align_corners=False.
     """
     if grid == trained:
         return positions
@@ -341,5 +491,6 @@ def resize_positions(positions: Tensor, trained: tuple[int, int], grid: tuple[in
     # Half precision has no bicubic kernel everywhere; the table is small.
     spatial = spatial.T.unflatten(1, trained)[None]
     wide = spatial if spatial.dtype == torch.float64 else spatial.float()
-    resized = F.interpolate(wide, size=grid, mode="bicubic", align_corners=False)
+    mode, _, smooth = how.partition("_")
+    resized = F.interpolate(wide, size=grid, mode=mode, align_corners=False, antialias=bool(smooth))
     return torch.cat((prefix, resized[0].flatten(1).T.to(prefix.dtype)))

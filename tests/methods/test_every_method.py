@@ -18,7 +18,6 @@ from clipfast.errors import InputError
 from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Method
 from clipfast.models.openclip import image_tower, text_tower
-from clipfast.models.resnet import ResNetTower
 from clipfast.models.tower import ImageTower, TextTower
 
 ROOT = Path(__file__).parents[2]
@@ -38,13 +37,13 @@ CHEAP: dict[str, dict[str, Any]] = {
 COMPARES_PROMPTS = {"clip_surgery"}
 TEXTS = ["a dog on the left", "boat", "two red cars next to a tree"]
 
-KINDS = {"transformer": ImageTower, "resnet": ResNetTower}
-# Every method with every kind of image tower that it reads.
+LACKS = {"transformer": ("features",), "resnet": ("blocks",)}
+# Every method with every kind of image tower that it explains.
 PAIRS = [
     (name, kind)
     for name, method in METHODS.items()
-    for kind, tower in KINDS.items()
-    if "image" in method.sides() and tower in method.reads
+    for kind, lacking in LACKS.items()
+    if "image" in method.sides() and method.needs not in lacking
 ]
 IMAGE = [name for name, kind in PAIRS if kind == "transformer"]
 TEXT = [name for name, method in METHODS.items() if "text" in method.sides()]

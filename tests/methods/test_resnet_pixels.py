@@ -67,8 +67,8 @@ def test_integrated_gradients(model, x, texts):
         # captum's table of nodes is good to six digits or so.
         torch.testing.assert_close(maps[:, p], expected.sum(1).flatten(1), rtol=1e-5, atol=1e-9)
         torch.testing.assert_close(found.extras()["delta"][:, p], delta, rtol=1e-5, atol=1e-7)
-    with pytest.raises(InputError, match="at=-1 is for transformers: a ResNet's path is one of pixels"):
-        IntegratedGradients(at=-1).image(resnet_tower(model), x)
+    with pytest.raises(InputError, match="at='tokens' needs patches linear in the pixels: those of a ResNet are not"):
+        IntegratedGradients(at="tokens").image(resnet_tower(model), x)
 
 
 @pytest.mark.parametrize("method", ["saliency", "integrated_gradients"])

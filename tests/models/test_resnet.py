@@ -98,7 +98,7 @@ def test_layers_are_the_modules(build_resnet, layer, module, grid):
         torch.testing.assert_close(features, seen[0], rtol=0, atol=1e-10)
         assert tower.grid_at((96, 96), layer) == grid == tuple(features.shape[2:])
         before = features.clone()
-        torch.testing.assert_close(tower.finish(features, layer), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(tower.from_features(features, layer), expected, rtol=0, atol=1e-12)
         assert torch.equal(features, before)
 
 
@@ -229,13 +229,14 @@ def test_known_resnets():
     assert "openai" in known["RN101"] and "yfcc15m" in known["RN50"]
 
 
-def test_methods_for_transformers_say_so(build_resnet, tokenizer):
+def test_methods_that_need_blocks_say_so(build_resnet, tokenizer):
     model = clipfast.load(build_resnet(), tokenizer=tokenizer)
     with pytest.raises(
         InputError,
-        match=r"grad_eclip cannot explain images with CLIP, whose image tower is a ResNet; these methods can: .*_cam",
+        match=r"gem cannot explain images with CLIP, whose image tower is a ResNet, whose places do not attend to each "
+        r"other; these methods can: grad_eclip, .*_cam",
     ):
-        clipfast.explain(torch.randn(1, 3, 96, 96), ["a dog"], model=model)
+        clipfast.explain(torch.randn(1, 3, 96, 96), ["a dog"], model=model, method="gem")
 
 
 def test_words_are_explained_as_ever(build_resnet, tokenizer):

@@ -1,0 +1,66 @@
+"""Which reader makes towers of a module: found by what the module has, never by its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipfast.errors import ModelError
+from clipfast.models.tower import ImageTower, TextTower
+
+AnyImageTower = ImageTower
+"""What the image side of a model may be read as."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One family of towers: its name, how its modules are known, and the function that reads them.
+
+    function: "module:name" below clipfast.models, (module, trunk dtype or None) -> tower; imported when it is needed.
+    """
+
+    family: str
+    fits: Callable[[Any], bool]
+    function: str
+
+    def __call__(self, module: nn.Module, dtype: torch.dtype | None) -> Any:
+        where, name = self.function.split(":")
+        return getattr(import_module(f"clipfast.models.{where}"), name)(module, dtype)
+
+
+def _has(owner: Any, *names: str) -> bool:
+    return all(getattr(owner, name, None) is not None for name in names)
+
+
+IMAGE: Sequence[Reader] = (
+    Reader("ModifiedResNet", lambda m: _has(m, "visual") and _has(m.visual, "attnpool"), "resnet:resnet_tower"),
+    Reader("VisionTransformer", lambda m: _has(m, "visual") and _has(m.visual, "conv1"), "openclip:image_tower"),
+)
+TEXT: Sequence[Reader] = (Reader("TextTransformer", lambda m: True, "openclip:text_tower"),)
+
+
+def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyImageTower:
+    """The image side of a CLIP module, whatever its family. Raises ModelError naming the part that does not fit."""
+    return _reader(IMAGE, module)(module, dtype)
+
+
+def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower:
+    """The text side, like `image_tower`."""
+    return _reader(TEXT, module)(module, dtype)
+
+
+def _reader(readers: Sequence[Reader], module: nn.Module) -> Reader:
+    for reader in readers:
+        if reader.fits(module):
+            return reader
+    families = ", ".join(reader.family for reader in readers)
+    parts = ", ".join(name for name, _ in module.named_children()) or "no modules"
+    raise ModelError(
+        f"{type(module).__name__}, with {parts}, is no model that clipfast knows; the families that it reads: "
+        f"{families}."
+    )
