@@ -101,8 +101,10 @@ class TokenReader:
         _, begin, count = _locate(row, pieces.ids)
         if count == len(pieces.ids) or not self._framed(row, pieces.ids):
             return None
-        start, end = joined(pieces.spans[begin : begin + count]) or (0, 0)
-        return Cut(len(pieces.ids), count, (text[:start] + text[end:] if begin else text[end:]).strip())
+        lost = joined(pieces.spans[:begin] + pieces.spans[begin + count :])
+        if lost is None:
+            return None
+        return Cut(len(pieces.ids), count, (text[: lost[1]] if begin else text[lost[0] :]).strip())
 
     def spell(self, ids: Sequence[int]) -> str:
         """The text of some token ids, as the tokenizer has it. Raises TextError as `words` does."""
