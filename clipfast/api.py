@@ -21,9 +21,9 @@ from clipfast.data.inputs import Prepared, prepare_all, sources
 from clipfast.errors import ImageError, InputError, ModelError, TextError
 from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Relu
+from clipfast.models.families import AnyImageTower
 from clipfast.models.load import load
 from clipfast.models.model import Model, Precision
-from clipfast.models.read import AnyImageTower
 from clipfast.models.tokens import TokenStates
 from clipfast.results import Attribution, Features, Words
 from clipfast.sheet import Asked, Sheet, unit_embeddings

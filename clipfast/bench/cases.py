@@ -16,8 +16,8 @@ from clipfast.errors import InputError
 from clipfast.methods import METHODS, build_method
 from clipfast.metrics.chosen import able
 from clipfast.metrics.registry import listed, parse, spelled
+from clipfast.models.families import AnyImageTower
 from clipfast.models.model import Model, Precision
-from clipfast.models.read import AnyImageTower
 from clipfast.ops.dispatch import backend
 
 QUICK_METHODS = ("grad_eclip", "mmel", "mask_clip", "grad_cam")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipfast.compat.score import Score
 from clipfast.metrics.registry import parse, spelled
-from clipfast.models.read import AnyImageTower
+from clipfast.models.families import AnyImageTower
 from clipfast.models.tower import PatchTower
 
 Maps = Callable[[], Tensor]

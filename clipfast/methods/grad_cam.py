@@ -31,9 +31,9 @@ from clipfast.methods.attention import PIECE, pooled_attention
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
 from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
 from clipfast.models.block import AttentionBlock, Block, Pool
+from clipfast.models.families import AnyImageTower
 from clipfast.models.gradients import score_gradients
 from clipfast.models.layers import Affine, Norm, standardize
-from clipfast.models.read import AnyImageTower
 from clipfast.models.resnet import ResNetTower
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import Site, TextTower, Tower

@@ -17,7 +17,7 @@ from clipfast.errors import InputError
 from clipfast.methods.base import Explained, MethodInfo, at_least
 from clipfast.methods.masking import encode_images, every_pair, whole_patches
 from clipfast.methods.score_cam import ChannelMethod, Channels
-from clipfast.models.read import AnyImageTower
+from clipfast.models.families import AnyImageTower
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo
 from clipfast.methods.paths import Baseline, Path, check_baseline, image_baseline, image_path
 from clipfast.methods.quadrature import Rule, quadrature
+from clipfast.models.families import AnyImageTower
 from clipfast.models.gradients import score_gradients
-from clipfast.models.read import AnyImageTower
 from clipfast.models.tower import TextTower, Tower
 from clipfast.ops.path import path_accumulate
 

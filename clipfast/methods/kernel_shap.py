@@ -27,7 +27,7 @@ from clipfast.methods.masking import (
     merge_repeated,
     whole_patches,
 )
-from clipfast.models.read import AnyImageTower
+from clipfast.models.families import AnyImageTower
 from clipfast.models.tower import TextTower
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipfast.methods.base import LinearExplained, exact
-from clipfast.models.read import AnyImageTower
+from clipfast.models.families import AnyImageTower
 from clipfast.models.tower import TextTower
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.quadrature import quadrature
-from clipfast.models.read import AnyImageTower
+from clipfast.models.families import AnyImageTower
 from clipfast.ops.path import path_points
 
 Baseline = Literal["mean", "black", "blur"] | Tensor

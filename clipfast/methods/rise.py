@@ -25,7 +25,7 @@ from clipfast.methods.masking import (
     explain_words,
     merge_repeated,
 )
-from clipfast.models.read import AnyImageTower
+from clipfast.models.families import AnyImageTower
 from clipfast.models.tower import TextTower
 
 # Masks at a time where maps are summed up.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
+from clipfast.models.families import AnyImageTower
 from clipfast.models.gradients import score_gradients
-from clipfast.models.read import AnyImageTower
 from clipfast.models.tower import TextTower
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least, combine
 from clipfast.methods.grad_cam import GradCam, MeanGradient
 from clipfast.methods.masking import encode_images, every_pair, whole_patches
-from clipfast.models.read import AnyImageTower
+from clipfast.models.families import AnyImageTower
 from clipfast.ops.minmax import minmax
 
 

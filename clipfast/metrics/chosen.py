@@ -12,7 +12,7 @@ from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Method
 from clipfast.metrics.base import Protocol
 from clipfast.metrics.registry import Side, build_protocol, entry_of, label, offered, parse
-from clipfast.models.read import AnyImageTower
+from clipfast.models.families import AnyImageTower
 
 DEFAULT_METHODS = ("grad_eclip", "tclip", "mmel", "mga_clip", "mask_clip", "gem", "clip_surgery", "rollout", "grad_cam")
 """Those that cost about one pass of the tower, or a few."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from clipfast.data.geometry import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
+from clipfast.models.families import AnyImageTower, image_tower, text_tower
 from clipfast.models.openclip import trained_weights
-from clipfast.models.read import AnyImageTower, image_tower, text_tower
 from clipfast.models.reader import TokenReader
 from clipfast.models.tokens import TokenStates, word_states
 from clipfast.models.tower import TextTower

@@ -18,13 +18,13 @@ AnyImageTower = ImageTower
 
 
 @dataclass(frozen=True)
-class Reader:
+class Family:
     """One family of towers: its name, how its modules are known, and the function that reads them.
 
     function: "module:name" below clipfast.models, (module, trunk dtype or None) -> tower; imported when it is needed.
     """
 
-    family: str
+    name: str
     fits: Callable[[Any], bool]
     function: str
 
@@ -37,30 +37,29 @@ def _has(owner: Any, *names: str) -> bool:
     return all(getattr(owner, name, None) is not None for name in names)
 
 
-IMAGE: Sequence[Reader] = (
-    Reader("ModifiedResNet", lambda m: _has(m, "visual") and _has(m.visual, "attnpool"), "resnet:resnet_tower"),
-    Reader("VisionTransformer", lambda m: _has(m, "visual") and _has(m.visual, "conv1"), "openclip:image_tower"),
+IMAGE: Sequence[Family] = (
+    Family("ModifiedResNet", lambda m: _has(m, "visual") and _has(m.visual, "attnpool"), "resnet:resnet_tower"),
+    Family("VisionTransformer", lambda m: _has(m, "visual") and _has(m.visual, "conv1"), "openclip:image_tower"),
 )
-TEXT: Sequence[Reader] = (Reader("TextTransformer", lambda m: True, "openclip:text_tower"),)
+TEXT: Sequence[Family] = (Family("TextTransformer", lambda m: True, "openclip:text_tower"),)
 
 
 def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyImageTower:
     """The image side of a CLIP module, whatever its family. Raises ModelError naming the part that does not fit."""
-    return _reader(IMAGE, module)(module, dtype)
+    return _family(IMAGE, module)(module, dtype)
 
 
 def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower:
     """The text side, like `image_tower`."""
-    return _reader(TEXT, module)(module, dtype)
+    return _family(TEXT, module)(module, dtype)
 
 
-def _reader(readers: Sequence[Reader], module: nn.Module) -> Reader:
-    for reader in readers:
-        if reader.fits(module):
-            return reader
-    families = ", ".join(reader.family for reader in readers)
+def _family(families: Sequence[Family], module: nn.Module) -> Family:
+    for one in families:
+        if one.fits(module):
+            return one
+    names = ", ".join(one.name for one in families)
     parts = ", ".join(name for name, _ in module.named_children()) or "no modules"
     raise ModelError(
-        f"{type(module).__name__}, with {parts}, is no model that clipfast knows; the families that it reads: "
-        f"{families}."
+        f"{type(module).__name__}, with {parts}, is no model that clipfast knows; the families that it reads: {names}."
     )
