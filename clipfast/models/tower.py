@@ -167,14 +167,20 @@ class Tower:
 
         Differentiable in h where gradients are enabled. Arguments as for `run` and `site`.
         """
+        return F.normalize(self.unnormalized(h, pooled, start, mask=mask, visible=visible), dim=-1)
+
+    def unnormalized(
+        self, h: Tensor, pooled: Tensor, start: int = 0, *, mask: Tensor | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        """What `finish` gives, before its length is made one."""
         if pooled.ndim == 2:
-            return self.top(self.run(h, start, mask=mask), pooled)
+            return self._mean(self.run(h, start, mask=mask).to(self.result_dtype), pooled)
         h = self.run(h, start, self.depth - 1, mask=mask)
         last = self.blocks[-1]
         if isinstance(last, Pool):
-            return self.tail(None, last.output(h).to(self.result_dtype))
+            return self.tail.embed(None, last.output(h).to(self.result_dtype))
         site = self.site(h, pooled, visible=visible)
-        return self.tail(site.residual, site.o)
+        return self.tail.embed(site.residual, site.o)
 
     def top(self, h: Tensor, pooled: Tensor) -> Tensor:
         """Unit embeddings (B, E) of what leaves the trunk, h (B, N, D)."""
@@ -182,8 +188,11 @@ class Tower:
         if isinstance(self.blocks[-1], Pool):
             return self.finish(h.to(self.dtype), pooled, self.depth - 1)
         if pooled.ndim == 2:
-            return F.normalize(self.tail.project((pooled.to(h.dtype)[:, None] @ h)[:, 0]), dim=-1)
+            return F.normalize(self._mean(h, pooled), dim=-1)
         return F.normalize(self.tail.project(h[torch.arange(len(h), device=h.device), pooled]), dim=-1)
+
+    def _mean(self, h: Tensor, weights: Tensor) -> Tensor:
+        return self.tail.project((weights.to(h.dtype)[:, None] @ h)[:, 0])
 
     def project(self, h: Tensor) -> Tensor:
         """What leaves the trunk, h (..., D), each token for itself in the joint space, not normalised: (..., E).
@@ -354,13 +363,24 @@ class PatchTower(ImageTower):
         Another grid than the trained one gets resized positions (`resize_positions`).
         """
         grid = self.grid_of(x)
-        t = F.conv2d(x.to(self.patch_weight.dtype), self.patch_weight, self.patch_bias, stride=self.patch_size)
-        t = t.flatten(2).transpose(1, 2)
+        t = self._convolved(x.to(self.patch_weight.dtype), grid)
         if self.first is not None:
             t = torch.cat((self.first.expand(t.shape[0], -1, -1), t), dim=1)
         if self.positions is None:
             return t
         return t.add_(self.positions_for(grid)) if not t.requires_grad else t + self.positions_for(grid)
+
+    def _convolved(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches of pixels (B, 3, H, W) through the convolution: (B, n, D)."""
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            t = F.conv2d(x, self.patch_weight, self.patch_bias, stride=self.patch_size)
+            return t.flatten(2).transpose(1, 2)
+        # The same as one product: on a CPU the derivative of such a convolution takes several times as long.
+        (h, w), (ph, pw) = grid, self.patch_size
+        cells = x[..., : h * ph, : w * pw].unflatten(3, (w, pw)).unflatten(2, (h, ph))
+        return F.linear(
+            cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), self.patch_weight.flatten(1), self.patch_bias
+        )
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings (N, D) for a patch grid (h, w)."""
@@ -374,9 +394,9 @@ class PatchTower(ImageTower):
         """The transpose of `patch`, (B, N, D) -> (B, 3, H, W). Pixels beyond the last whole patch get zero."""
         (height, width), (ph, pw) = size, self.patch_size
         grid = (height // ph, width // pw)
-        patches = gradient[:, self.prefix :].mT.unflatten(2, grid)
-        found = F.conv_transpose2d(patches, self.patch_weight.to(gradient.dtype), stride=self.patch_size)
-        return F.pad(found, (0, width - grid[1] * pw, 0, height - grid[0] * ph))
+        patches = gradient[:, self.prefix :] @ self.patch_weight.to(gradient.dtype).flatten(1)
+        found = patches.unflatten(2, self.patch_weight.shape[1:]).unflatten(1, grid).permute(0, 3, 1, 4, 2, 5)
+        return F.pad(found.flatten(4).flatten(2, 3), (0, width - grid[1] * pw, 0, height - grid[0] * ph))
 
 
 @dataclass(frozen=True, kw_only=True)
