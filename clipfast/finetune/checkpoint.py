@@ -64,21 +64,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def agree(folder: Path, config: Mapping[str, Any], first: bool) -> None:
-    """See that a folder is this run's, or new; `first`: of several processes the one that writes.
+    """See that a folder has no state of another run; `first`: of several processes the one that writes.
 
-    Raises InputError for a folder of a run with other settings, naming the difference, and for a damaged one.
+    Raises InputError for a run with other settings, naming the difference, or with unknown ones.
     """
     path = folder / CONFIG
-    if not path.exists():
-        if (folder / STATE).exists():
-            raise InputError(f"{folder} holds a state and no {CONFIG}: take another folder.")
+    if not (folder / STATE).exists():
         if first:
             write_file(path, json.dumps(config, indent=2, ensure_ascii=False).encode(), durable=True)
         return
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}.") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder} holds a {STATE} and no {CONFIG} that can be read: take another folder.") from error
     changed = differences(before, json.loads(json.dumps(config)))
     if changed:
         raise InputError(
@@ -119,12 +117,15 @@ def gathered(trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 def spread(trained: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """What `gathered` gathered, put back; every process has all of it. Raises InputError where it does not fit."""
+    own = trained.state_dict()
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state["trained"].items()}:
+        raise InputError(f"the {STATE} is of another model: take another folder.")
     try:
         set_optimizer_state_dict(trained, optimizer, state["optimizer"], options=_WHOLE)
         set_model_state_dict(trained, state["trained"], options=_WHOLE)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the state is of another model or version of torch: {reason}") from error
+        raise InputError(f"the {STATE} does not fit: {reason}") from error
 
 
 def save_model(folder: Path, model: Model, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:

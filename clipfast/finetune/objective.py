@@ -64,13 +64,15 @@ class Objective(ABC):
 
     name: as the command line has it. columns: what images must carry beside their pixels, as `open_source` takes it.
     counts: the names of all `Step.counts` that it may give. prefix: where the module that trains lies in the model's
-    state dict: "visual." for the image tower, "" for the whole model.
+    state dict: "visual." for the image tower, "" for the whole model. moves_statistics: whether it puts the module into
+    training mode, in which a batch norm takes in every batch that it sees.
     """
 
     name: ClassVar[str]
     columns: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     prefix: str = "visual."
+    moves_statistics: bool = False
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class Adversarial(Objective):
         if batch_norm not in BATCH_NORM:
             raise InputError(f"there is no batch_norm {batch_norm!r}: {nearest(batch_norm, BATCH_NORM)}")
         self.name = name  # type: ignore[misc]
-        self.adversary, self.normalize, self.samples, self.batch_norm = adversary, normalize, samples, batch_norm
+        self.adversary, self.normalize, self.samples = adversary, normalize, samples
+        self.batch_norm, self.moves_statistics = batch_norm, batch_norm == "batch"
         self.captions = None if captions is None else Prompts(column=captions)
         self.columns = () if captions is None else (captions,)
 
@@ -104,21 +105,17 @@ class Adversarial(Objective):
             clean = self.embed(self._frozen, x)
             target = clean if self.captions is None else self._texts(batch)
         loss = partial(self._loss, target=target)
+        trained.eval()
         with frozen(trained):
             found = perturb(partial(self.embed, trained), loss, x, self.adversary, batch.generator)
-        trained.train(self.batch_norm == "batch")
-        try:
-            moved = self._outer(trained, x + found.delta, batch.generator)
-        finally:
-            trained.eval()
-        terms = {
-            "objective": found.objective.mean(),
-            "adversarial_cosine": F.cosine_similarity(moved.detach(), clean).mean(),
-            "delta": found.delta.abs().mean(),
-        }
+        terms = {"objective": found.objective.mean(), "delta": found.delta.abs().mean()}
         if batch.measure:
             with torch.no_grad():
                 terms["clean_cosine"] = F.cosine_similarity(self.embed(trained, x), clean).mean()
+        # It stays so for the backward pass, in which blocks may run again.
+        trained.train(self.moves_statistics)
+        moved = self._outer(trained, x + found.delta, batch.generator)
+        terms["adversarial_cosine"] = F.cosine_similarity(moved.detach(), clean).mean()
         return Step(loss(moved).mean(), terms, {"nan_gradients": found.nan_gradients})
 
     def _outer(self, trained: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:

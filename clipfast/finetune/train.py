@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipfast.engine.base import Source
 from clipfast.engine.pipeline import default_workers
@@ -198,6 +199,12 @@ class _Run:
         self.micro = min(settings.micro or settings.batch, settings.batch // group.world)
         self.trained = objective.prepare(trainer.model)
         if settings.checkpointing:
+            norms = any(isinstance(part, _BatchNorm) for part in self.trained.modules())
+            if norms and objective.moves_statistics:
+                raise InputError(
+                    "with checkpointing, blocks run twice, and so would a batch norm's statistics take in each batch: "
+                    "leave it out, or take batch_norm='frozen'."
+                )
             recompute(self.trained)
         if settings.compile:
             self.trained.compile()
