@@ -37,9 +37,10 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         save_state(tmp_path, {"tensor": torch.zeros(1000), "more": Unwritable()})
     assert load_state(tmp_path) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OutputError, match="No space"), replacing(path) as part:
-        part.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    full = replacing(path)
+    full.__enter__().write_bytes(b"half")
+    with pytest.raises(OutputError, match="No space"):
+        full.__exit__(OSError, OSError(28, "No space left on device"), None)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -268,7 +268,7 @@ def test_odd_images_are_trained_on_or_counted(tmp_path: Path) -> None:
     assert one.summary["images"] == 3
     for path in folder.glob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(InputError, match="not one of the 2 images of step 1 can be read: .* is empty"):
+    with pytest.raises(InputError, match=r"not one of the 2 images of step 1 can be read: .* is empty"):
         finetune(folder, tmp_path / "none", batch=2)
 
 
