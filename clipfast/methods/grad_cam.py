@@ -214,7 +214,7 @@ class GradCam(Method):
         dtype = tower.result_dtype
         shares = self._shares(tokens, h.shape[1], dtype)
         mean_gradient: MeanGradient
-        if index == tower.depth - 1 and _closed(tower.blocks[-1]):
+        if index == tower.depth - 1 and tokens.pooled.ndim == 1 and _closed(tower.blocks[-1]):
             site = tower.site(h, tokens.pooled, heads=heads, visible=tokens.visible)
             tail = tower.tail.linearize(site.residual, site.o)
             z, attention = tail.z, pooled_attention(tower.blocks[-1], site, heads)

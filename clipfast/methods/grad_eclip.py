@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least, choice, combine
+from clipfast.methods.mean_pooled import explain_mean
 from clipfast.models.block import AttentionBlock, Block, Pool
 from clipfast.models.gradients import Gradients, site_gradients
 from clipfast.models.tail import LinearTail
@@ -158,8 +159,18 @@ class GradEclip(Method):
             at_least(self, "layers", 1, whole=True)
 
     @torch.no_grad()
-    def image(self, tower: ImageTower, x: Tensor, *, watch: Watch | None = None) -> SiteExplained:
-        """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
+    def image(self, tower: ImageTower, x: Tensor, *, watch: Watch | None = None) -> Any:
+        """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row.
+
+        Raises InputError for parameters that a tower without a class token has no use for.
+        """
+        if tower.mean:
+            if (self.layers or 1) > 1 or self.heads != "model" or self.spatial not in ("raw", "none"):
+                raise InputError(
+                    "this tower pools the mean of its patches, which Grad-ECLIP explains with layers=1, heads='model' "
+                    "and spatial='raw' or 'none' alone."
+                )
+            return explain_mean(tower, x, spatial=self.spatial == "raw", signed=self.signed)
         h = tower.embed(x)
         keep = slice(tower.prefix, None)
         layers = 1 if self.layers is None else self.layers

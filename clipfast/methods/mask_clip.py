@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.errors import InputError
 from clipfast.methods.base import LinearExplained, Method, MethodInfo, choice
 from clipfast.models.block import Pool
-from clipfast.models.tower import ImageTower, Site
+from clipfast.models.tower import ImageTower
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,33 @@ class MaskClip(Method):
     def image(self, tower: ImageTower, x: Tensor) -> LinearExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
         h = tower.run(tower.embed(x), stop=tower.depth - 1)
-        site = tower.site(h, tower.pooled(h))
-        values = patch_embeddings(tower, h, site, residual=self.residual)
+        block = tower.blocks[-1]
+        if self.times_kk and not tower.has_class_token:
+            raise InputError("times_kk=True compares keys with the class token's, which this tower does not have.")
+        if tower.mean:
+            k, v = (t.to(tower.result_dtype) for t in block.key_value(block.norm1(h)))
+            z = tower.finish(h, tower.pooled(h), tower.depth - 1)
+        else:
+            site = tower.site(h, tower.pooled(h))
+            k, v, z = site.k, site.v, tower.tail(site.residual, site.o)
+        values = patch_embeddings(tower, h, v, residual=self.residual)
         weights = values.new_ones(values.shape[:2])
         if self.times_kk:
-            k = tower.tail.block.out(site.k)
+            k = tower.tail.block.out(k)
             weights = F.cosine_similarity(k[:, :1], k[:, tower.prefix :], dim=-1)
-        return LinearExplained(tower.tail(site.residual, site.o), values, weights, relu="none")
+        return LinearExplained(z, values, weights, relu="none")
 
 
-def patch_embeddings(tower: ImageTower, h: Tensor, site: Site, *, residual: bool = True) -> Tensor:
-    """Unit embeddings e_i of patches (B, n, E), for the last block's input h (B, N, D) and site.
+def patch_embeddings(tower: ImageTower, h: Tensor, v: Tensor, *, residual: bool = True) -> Tensor:
+    """Unit embeddings e_i of patches (B, n, E), for the last block's input h and values v (B, N, D) of its attention.
 
-    residual: as for `MaskClip`. Differentiable where gradients are enabled.
+    residual: as for `MaskClip`. An attention pool has none, and its own MLP is always on the way. Differentiable where
+    gradients are enabled.
     """
     prefix, block = tower.prefix, tower.blocks[-1]
-    path = block.branch(site.v[:, prefix:].to(h.dtype))
+    path = block.branch(v[:, prefix:].to(h.dtype))
     if isinstance(block, Pool):
         path = block.rest(path)
     elif residual:
         path = block.rest(h[:, prefix:] + path)
-    return F.normalize(tower.tail.project(path.to(site.v.dtype)), dim=-1)
+    return F.normalize(tower.tail.project(path.to(v.dtype)), dim=-1)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least, choice, combine
 from clipfast.methods.paths import Baseline, check_baseline, image_baseline, image_path
 from clipfast.methods.quadrature import Rule, quadrature
+from clipfast.models.block import Pool
+from clipfast.models.linear_block import MeanTail
 from clipfast.models.tail import LinearTail
 from clipfast.models.tower import ImageTower, Site
 from clipfast.ops.minmax import minmax
@@ -46,7 +48,7 @@ class CoarseExplained(Explained):
 
     z: Tensor
     values: Tensor
-    steps: Sequence[tuple[LinearTail, Tensor]]
+    steps: Sequence[tuple[LinearTail | MeanTail, Tensor]]
     relu: Relu = "each"
 
     def maps(self, texts: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -61,7 +63,10 @@ class CoarseExplained(Explained):
         return combine([even], [self.values], self.gradients(texts), self.relu, out)
 
     def gradients(self, texts: Tensor) -> Tensor:
-        """G (B, P, D): the path's weighted sum of the scores' gradients at the pooled token's attention output."""
+        """G (B, P, D): the path's weighted sum of the scores' gradients at the pooled token's attention output.
+
+        Where the mean of the patches is pooled, those at all of theirs are added up.
+        """
         batch, _, width = self.values.shape
         texts = texts.expand(batch, -1, -1)
         total = self.values.new_zeros(batch, texts.shape[1], width)
@@ -201,15 +206,23 @@ class MgaClip(Method):
         path = image_path(tower, x, image_baseline(self.baseline, tower, x), block)
         prefix, last = tower.prefix, tower.depth - 1
 
-        def linearize(points: Tensor) -> tuple[LinearTail, Site]:
+        def linearize(points: Tensor) -> tuple[Any, Site | None]:
             h = tower.run(path.lift(points), path.block, last)
+            if tower.mean:
+                return MeanTail.above(tower, h), None
             site = tower.site(h, tower.pooled(h))
             return tower.tail.linearize(site.residual, site.o), site
 
         tail, site = linearize(path.end)
-        values = site.v[:, prefix:]
-        weights = spatial_weight(site.q, site.k[:, prefix:])
-        patches = F.normalize(tower.tail.project(tower.tail.block.branch(values)), dim=-1)
+        if site is None:
+            # Every patch is a query: what each finds like itself, on average.
+            values, weights = tail.values, tail.lambdas().mean(1)
+        else:
+            values, weights = site.v[:, prefix:], spatial_weight(site.q, site.k[:, prefix:])
+        block = tower.tail.block
+        # An attention pool's MLP is part of the way to the joint space; a block's own is not on a value's.
+        way = block.branch + block.rest if isinstance(block, Pool) else block.branch
+        patches = F.normalize(tower.tail.project(way(values)), dim=-1)
         steps = [(linearize(points)[0], w) for points, w in path.points(tower, self.rule, self.steps)]
         return FineExplained(tail.z, CoarseExplained(tail.z, values, steps), patches, weights, self.tau)
 
