@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipfast.data.geometry import Geometry, InputSpec, normalize, prepare, spec_of
+from clipfast.data.geometry import Geometry, InputSpec, normalize, prepare
 from clipfast.data.images import expand, read_image
 
 __all__ = ["Geometry", "InputSpec", "expand", "normalize", "prepare", "read_image", "spec_of"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.data.geometry import InputSpec, spec_of
+from clipfast.data.spec import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
 from clipfast.models.families import AnyImageTower, image_tower, text_tower
 from clipfast.models.openclip import trained_weights

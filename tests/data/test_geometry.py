@@ -12,7 +12,8 @@ from open_clip.transform import PreprocessCfg, image_transform, image_transform_
 from PIL import Image
 from torchvision import transforms as T
 
-from clipfast.data.geometry import Geometry, InputSpec, normalize, prepare, spec_of
+from clipfast.data.geometry import Geometry, InputSpec, normalize, prepare
+from clipfast.data.spec import spec_of
 from clipfast.errors import InputError
 
 side = st.integers(1, 300)
