@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from clipfast.cli.finetune_grounded import grounded
 from clipfast.cli.training import Training, takes_training
 
 _ADVERSARY = "Adversary, in 255ths of a pixel's range"
@@ -13,6 +14,8 @@ _ADVERSARY = "Adversary, in 255ths of a pixel's range"
 finetune = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Fine-tune a CLIP, so that its explanations are better ones."
 )
+
+finetune.command()(grounded)
 
 PgdSteps = Annotated[int, typer.Option(min=1, help="Steps of the inner problem.", rich_help_panel=_ADVERSARY)]
 StepSize = Annotated[float, typer.Option(help="Of one of them.", rich_help_panel=_ADVERSARY)]

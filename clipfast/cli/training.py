@@ -19,8 +19,11 @@ from clipfast.cli.options import Device, Json, ModelName, Pretrained, check_devi
 from clipfast.errors import InputError, OutputError
 
 if TYPE_CHECKING:
+    from clipfast.finetune.checkpoint import Finetuned
     from clipfast.finetune.log import Follow
     from clipfast.finetune.objective import Objective
+
+    Judge = Callable[[Finetuned], Mapping[str, Any]]
 
 STOPPED = 1
 _SOURCE, _TRAINING, _MACHINE = "Source", "Training", "Machine"
@@ -93,10 +96,11 @@ class Training:
         bool, typer.Option("--tensorboard", help="TensorBoard's files beside the log.", rich_help_panel=_MACHINE)
     ] = False
 
-    def run(self, objective: Objective, **settings: Any) -> None:
+    def run(self, objective: Objective, judge: Judge | None = None, **settings: Any) -> None:
         """Train with its progress on stderr, and say what it came to; leaves with 130 where it was stopped.
 
-        settings: that differ from `Settings`' defaults and are no options.
+        judge: called when all steps are done; what it finds goes beside the summary. settings: that differ from
+        `Settings`' defaults and are no options.
 
         Raises InputError, ModelError as `Trainer` does.
         """
@@ -125,7 +129,8 @@ class Training:
                 error(str(failure))
                 raise typer.Exit(STOPPED) from None
         if first:
-            _tell(done.summary, out, done.path, self.as_json)
+            found = judge(done) if judge is not None and done.summary["complete"] else {}
+            _tell({**done.summary, **found}, out, done.path, self.as_json)
         if not done.summary["complete"]:
             raise typer.Exit(INTERRUPTED)
 
