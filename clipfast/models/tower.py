@@ -277,12 +277,7 @@ class ImageTower(Tower):
 
         Raises InputError for an input smaller than one patch.
         """
-        (ph, pw), (height, width) = self.patch_size, x.shape[-2:]
-        if height < ph or width < pw:
-            raise InputError(
-                f"images of {height} x {width} pixels hold no patch: this model cuts patches of {ph} x {pw}."
-            )
-        return height // ph, width // pw
+        return whole_patches(x, self.patch_size)
 
     def fitted(self, grid: tuple[int, int]) -> ImageTower:
         """The tower for inputs of a patch grid (h, w): itself, where nothing in its blocks depends on the grid."""
@@ -488,6 +483,14 @@ class TextTower(Tower):
         ids = ids[:, : self.reach(pooled, ids.shape[1])]
         length = ids.shape[1]
         return self.finish(self.embed(ids), pooled, mask=self.mask(length), visible=self.visible(pooled, length))
+
+
+def whole_patches(x: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
+    """How many patches (ph, pw) an input (B, 3, H, W) holds: (h, w). Raises InputError where there is none."""
+    (ph, pw), (height, width) = patch, x.shape[-2:]
+    if height < ph or width < pw:
+        raise InputError(f"images of {height} x {width} pixels hold no patch: this model cuts patches of {ph} x {pw}.")
+    return height // ph, width // pw
 
 
 def rows_at_once(device: torch.device, tokens: int, gradients: bool) -> int:
