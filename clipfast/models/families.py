@@ -37,9 +37,16 @@ def _has(owner: Any, *names: str) -> bool:
     return all(getattr(owner, name, None) is not None for name in names)
 
 
+def _has_trunk(module: Any, *names: str) -> bool:
+    """Whether the image side is open_clip's TimmModel around a model with these parts."""
+    return _has(module, "visual") and _has(module.visual, "trunk") and _has(module.visual.trunk, *names)
+
+
 IMAGE: Sequence[Family] = (
     Family("ModifiedResNet", lambda m: _has(m, "visual") and _has(m.visual, "attnpool"), "resnet:resnet_tower"),
     Family("VisionTransformer", lambda m: _has(m, "visual") and _has(m.visual, "conv1"), "openclip:image_tower"),
+    Family("transformers' CLIP and SigLIP", lambda m: _has(m, "vision_model"), "hf:image_tower"),
+    Family("timm's transformers", lambda m: _has_trunk(m, "patch_embed", "blocks"), "timm:image_tower"),
 )
 TEXT: Sequence[Family] = (Family("TextTransformer", lambda m: True, "openclip:text_tower"),)
 
