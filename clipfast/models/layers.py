@@ -428,3 +428,4 @@ QUICK_GELU = Activation(
 )
 SILU = Activation("silu", F.silu, lambda u: F.silu(u, inplace=True), _silu_derivative)
 RELU = Activation("relu", F.relu, torch.relu_, lambda u: (u > 0).to(u.dtype))
+TANH = Activation("tanh", torch.tanh, torch.tanh_, lambda u: 1 - torch.tanh(u).square())
