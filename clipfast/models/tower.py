@@ -277,7 +277,7 @@ class ImageTower(Tower):
 
         Raises InputError for an input smaller than one patch.
         """
-        return whole_patches(x, self.patch_size)
+        return patch_grid(x, self.patch_size)
 
     def fitted(self, grid: tuple[int, int]) -> ImageTower:
         """The tower for inputs of a patch grid (h, w): itself, where nothing in its blocks depends on the grid."""
@@ -485,7 +485,7 @@ class TextTower(Tower):
         return self.finish(self.embed(ids), pooled, mask=self.mask(length), visible=self.visible(pooled, length))
 
 
-def whole_patches(x: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
+def patch_grid(x: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
     """How many patches (ph, pw) an input (B, 3, H, W) holds: (h, w). Raises InputError where there is none."""
     (ph, pw), (height, width) = patch, x.shape[-2:]
     if height < ph or width < pw:
