@@ -36,7 +36,7 @@ from clipfast.errors import InputError, ModelError, TextError
 from clipfast.finetune.objective import Batch, Objective, Step, copied
 from clipfast.finetune.phrases import open_phraser
 from clipfast.methods.grad_eclip import GradEclip
-from clipfast.methods.mask_clip import MaskClip, patch_embeddings
+from clipfast.methods.mask_clip import MaskClip, last_attention, patch_embeddings
 from clipfast.models.model import Model
 from clipfast.models.tower import ImageTower
 from clipfast.ops.minmax import minmax
@@ -217,11 +217,10 @@ class Grounded(Objective):
         h = image_tower.embed((images - mean) / std)
         for block in image_tower.trunk[: image_tower.depth - 1]:
             h = checkpoint(block, h, use_reentrant=False) if self.checkpointing else block(h)
-        site = image_tower.site(h, image_tower.pooled(h))
-        z = _wide(image_tower.tail(site.residual, site.o))
+        _, v, z = last_attention(image_tower, h)
         captions = _wide(text_tower.encode(torch.stack([one.caption for one in told]).to(images.device)))
         with _exact(images):
-            overall = global_loss(z, captions, scale, bias)
+            overall = global_loss(_wide(z), captions, scale, bias)
         if not self.weight:
             return Step(overall)
 
@@ -233,7 +232,7 @@ class Grounded(Objective):
         rows = [[number[phrase] for phrase in one.phrases] for one in told]
         most = max(map(len, rows))
         own = torch.tensor([row + [-1] * (most - len(row)) for row in rows], device=images.device)
-        patches = _wide(patch_embeddings(image_tower, h, site))
+        patches = _wide(patch_embeddings(image_tower, h, v))
         with _exact(images):
             # With the last, -1, in the place of none: what comes of it is left out again.
             with torch.no_grad():

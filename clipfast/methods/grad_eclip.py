@@ -164,24 +164,26 @@ class GradEclip(Method):
 
         Raises InputError for parameters that a tower without a class token has no use for.
         """
+        h = tower.embed(x)
+        if tower.mean:
+            return self.from_last_block(tower, tower.run(h, stop=tower.depth - 1))
+        keep = slice(tower.prefix, None)
+        layers = 1 if self.layers is None else self.layers
+        return self._explain(tower, h, tower.pooled(h), layers, keep, None, "relu_then_sum", watch)
+
+    @torch.no_grad()
+    def from_last_block(self, tower: ImageTower, h: Tensor) -> Any:
+        """Like `image`, for images of which the last block's input h (B, N, D) is at hand: no block runs twice.
+
+        Raises InputError where more layers are to be explained, and as `image` does.
+        """
         if tower.mean:
             if (self.layers or 1) > 1 or self.heads != "model" or self.spatial not in ("raw", "none"):
                 raise InputError(
                     "this tower pools the mean of its patches, which Grad-ECLIP explains with layers=1, heads='model' "
                     "and spatial='raw' or 'none' alone."
                 )
-            return explain_mean(tower, x, spatial=self.spatial == "raw", signed=self.signed)
-        h = tower.embed(x)
-        keep = slice(tower.prefix, None)
-        layers = 1 if self.layers is None else self.layers
-        return self._explain(tower, h, tower.pooled(h), layers, keep, None, "relu_then_sum", watch)
-
-    @torch.no_grad()
-    def from_last_block(self, tower: ImageTower, h: Tensor) -> SiteExplained:
-        """Like `image`, for images of which the last block's input h (B, N, D) is at hand: no block runs twice.
-
-        Raises InputError where more layers are to be explained.
-        """
+            return explain_mean(tower, h, spatial=self.spatial == "raw", signed=self.signed)
         top = replace(tower, blocks=tower.blocks[-1:])
         keep = slice(tower.prefix, None)
         return self._explain(top, h, top.pooled(h), self.layers or 1, keep, None, "relu_then_sum", None)

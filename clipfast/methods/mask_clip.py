@@ -59,21 +59,28 @@ class MaskClip(Method):
     def image(self, tower: ImageTower, x: Tensor) -> LinearExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of patches, row by row."""
         h = tower.run(tower.embed(x), stop=tower.depth - 1)
-        block = tower.blocks[-1]
         if self.times_kk and not tower.has_class_token:
             raise InputError("times_kk=True compares keys with the class token's, which this tower does not have.")
-        if tower.mean:
-            k, v = (t.to(tower.result_dtype) for t in block.key_value(block.norm1(h)))
-            z = tower.finish(h, tower.pooled(h), tower.depth - 1)
-        else:
-            site = tower.site(h, tower.pooled(h))
-            k, v, z = site.k, site.v, tower.tail(site.residual, site.o)
+        k, v, z = last_attention(tower, h)
         values = patch_embeddings(tower, h, v, residual=self.residual)
         weights = values.new_ones(values.shape[:2])
         if self.times_kk:
             k = tower.tail.block.out(k)
             weights = F.cosine_similarity(k[:, :1], k[:, tower.prefix :], dim=-1)
         return LinearExplained(z, values, weights, relu="none")
+
+
+def last_attention(tower: ImageTower, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For the last block's input h (B, N, D): keys and values (B, N, D) of its attention, unit embeddings (B, E).
+
+    Differentiable where gradients are enabled.
+    """
+    if tower.mean:
+        block = tower.blocks[-1]
+        k, v = (t.to(tower.result_dtype) for t in block.key_value(block.norm1(h)))
+        return k, v, tower.finish(h, tower.pooled(h), tower.depth - 1)
+    site = tower.site(h, tower.pooled(h))
+    return site.k, site.v, tower.tail(site.residual, site.o)
 
 
 def patch_embeddings(tower: ImageTower, h: Tensor, v: Tensor, *, residual: bool = True) -> Tensor:

@@ -54,7 +54,10 @@ class MeanExplained(Explained):
         return features, torch.ones_like(features[..., 0])
 
 
-def explain_mean(tower: ImageTower, x: Tensor, *, spatial: bool, signed: bool) -> MeanExplained:
-    """Normalised images (B, 3, H, W) of a tower that pools the mean of its patches; spatial: weighted by lambda."""
-    tail = MeanTail.above(tower, tower.run(tower.embed(x), stop=-1))
+def explain_mean(tower: ImageTower, h: Tensor, *, spatial: bool, signed: bool) -> MeanExplained:
+    """Images whose last block's input is h (B, N, D), of a tower that pools the mean of its patches.
+
+    spatial: weighted by lambda.
+    """
+    tail = MeanTail.above(tower, h)
     return MeanExplained(tail.z, tail, tail.lambdas() if spatial else None, "none" if signed else "each")

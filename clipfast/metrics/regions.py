@@ -26,7 +26,7 @@ from clipfast.data.datasets import Dataset
 from clipfast.data.geometry import Geometry
 from clipfast.errors import InputError
 from clipfast.methods.grad_eclip import GradEclip
-from clipfast.methods.mask_clip import MaskClip, patch_embeddings
+from clipfast.methods.mask_clip import MaskClip, last_attention, patch_embeddings
 from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.samples import OnError, batches
 from clipfast.metrics.zero_shot import Templates, class_embeddings, template_texts
@@ -98,7 +98,7 @@ class Regions(Protocol):
         for batch in batches(model, dataset, precision=precision, on_error=on_error, progress=progress):
             x = batch.inputs(model, precision)
             h = tower.run(tower.embed(x), stop=tower.depth - 1)
-            patches = patch_embeddings(tower, h, tower.site(h, tower.pooled(h)))
+            patches = patch_embeddings(tower, h, last_attention(tower, h)[1])
             marks: Sequence[Tensor | None] = [None] * len(patches)
             if self.pooling == "grad_eclip":
                 marks = minmax(GradEclip().from_last_block(tower, h).maps(classes), constant=0.0).unbind()

@@ -184,6 +184,25 @@ def test_loss_and_gradients_are_those_of_the_modules_own_forward(model, options)
     assert total == pytest.approx(float(step.loss.detach()))
 
 
+@pytest.mark.parametrize(
+    "vision",
+    [{"pool_type": "avg", "final_ln_after_pool": True}, {"attentional_pool": True, "attn_pooler_heads": 4}],
+    ids=["mean", "attention pool"],
+)
+def test_towers_without_a_class_token_train(build_clip, tokenizer, vision) -> None:
+    model = clipfast.load(build_clip(**vision).double(), tokenizer=tokenizer, device="cpu")
+    objective, trained, told, images = prepared(model)
+    step = objective.losses(images, told)
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (model.spec.mean, model.spec.std))
+    with torch.no_grad():
+        z, t = trained.encode_image((images - mean) / std), trained.encode_text(torch.stack([o.caption for o in told]))
+        scale = trained.logit_scale.exp()
+        expected = global_loss(F.normalize(z, dim=-1), F.normalize(t, dim=-1), scale)
+    assert float(step.terms["global"]) == pytest.approx(float(expected), abs=1e-10)
+    step.loss.backward()
+    assert step.counts["phrases"] == 5 and all(p.grad is not None for p in trained.parameters())
+
+
 def test_local_loss_reaches_the_image_tower_below_its_last_block(model) -> None:
     objective, trained, told, images = prepared(model)
     plain, _, _, _ = prepared(model, weight=0.0)
