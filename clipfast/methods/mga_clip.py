@@ -219,9 +219,9 @@ class MgaClip(Method):
             values, weights = tail.values, tail.lambdas().mean(1)
         else:
             values, weights = site.v[:, prefix:], spatial_weight(site.q, site.k[:, prefix:])
-        block = tower.tail.block
+        top = tower.tail.block
         # An attention pool's MLP is part of the way to the joint space; a block's own is not on a value's.
-        way = block.branch + block.rest if isinstance(block, Pool) else block.branch
+        way = top.branch + top.rest if isinstance(top, Pool) else top.branch
         patches = F.normalize(tower.tail.project(way(values)), dim=-1)
         steps = [(linearize(points)[0], w) for points, w in path.points(tower, self.rule, self.steps)]
         return FineExplained(tail.z, CoarseExplained(tail.z, values, steps), patches, weights, self.tau)
