@@ -114,8 +114,8 @@ class InputSpec:
         """From an image processor of transformers, a processor that has one, or its settings as `to_dict` gives them.
 
         Of the kinds of CLIP, Chinese CLIP, SigLIP and SigLIP 2, NaFlex included, which becomes resize="keep" with its
-        budget of patches. The pixels are those of the processors that use PIL; the ones that use torchvision resample
-        in another arithmetic, and on noise a fifth of their values are a level off, a few two.
+        budget of patches. The pixels are those of the processors that use PIL; of the ones that use torchvision, less
+        than one value in a hundred is a level off, on noise.
 
         Raises InputError, naming the setting, for an effect on the pixels that is none of these.
         """
@@ -248,26 +248,32 @@ def _sizes_of(settings: Mapping[str, Any]) -> tuple[tuple[int, int] | None, str,
     if settings.get("max_num_patches") is not None:
         return None, "keep", int(settings["max_num_patches"])
     cropped = _sides(settings, "crop_size") if settings.get("do_center_crop") else None
-    size = settings.get("size")
-    shortest = size.get("shortest_edge") if isinstance(size, Mapping) else size if cropped is not None else None
-    if shortest is None:
-        found = _sides(settings, "size")
-        if cropped not in (None, found):
-            raise _unread_setting("crop_size", settings["crop_size"])
-        return found, "squash", None
-    if cropped != (shortest, shortest):
-        raise _unread_setting("crop_size", settings.get("crop_size") if cropped else None)
-    return cropped, "crop", None
+    size = _given(settings, "size")
+    if isinstance(size, int):
+        size = {"shortest_edge": size}
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        if cropped != (size["shortest_edge"],) * 2:
+            raise _unread_setting("crop_size", settings.get("crop_size") if cropped else None)
+        return cropped, "crop", None
+    found = _sides(settings, "size")
+    if cropped not in (None, found):
+        raise _unread_setting("crop_size", settings["crop_size"])
+    return found, "squash", None
+
+
+def _given(settings: Mapping[str, Any], name: str) -> Any:
+    found = settings.get(name)
+    if isinstance(found, Mapping):
+        return {key: value for key, value in found.items() if value is not None}
+    return found
 
 
 def _sides(settings: Mapping[str, Any], name: str) -> tuple[int, int]:
-    found = settings.get(name)
-    if isinstance(found, Mapping):
-        if set(found) != {"height", "width"}:
-            raise _unread_setting(name, found)
+    found = _given(settings, name)
+    if isinstance(found, dict) and set(found) == {"height", "width"}:
         found = (found["height"], found["width"])
-    if found is None:
-        raise _unread_setting(name, found)
+    if found is None or isinstance(found, dict):
+        raise _unread_setting(name, settings.get(name))
     return _pair(found, name)
 
 

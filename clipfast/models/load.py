@@ -40,7 +40,9 @@ def load(
         (open_clip's .pt or .safetensors, an OpenAI JIT archive), or of a folder with an open_clip_config.json and
         weights, as fine-tuning writes it; or a module you already have, which stays as it is.
     pretrained: a weights tag of open_clip, the path of a checkpoint, or "random" for untrained weights.
-    tokenizer, preprocess: replace the model's own; preprocess may be a torchvision Compose or an InputSpec.
+    tokenizer, preprocess: replace the model's own; preprocess may be a torchvision Compose, an image processor of
+        transformers or an InputSpec. A tag brings its own preprocessing; weights in a file get what the architecture's
+        tags have in common, and open_clip's default for the rest.
     device: where to load it; CUDA if there is any, else the CPU.
 
     Raises ModelError: unknown name or tag (with the nearest ones), unreadable or unfitting checkpoint, or structure.
@@ -180,8 +182,28 @@ def _create(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
     import open_clip
 
     with _reading(pretrained or name):
-        module = open_clip.create_model(name, pretrained=pretrained)
+        module = open_clip.create_model(
+            name, pretrained=pretrained, force_preprocess_cfg=_preprocessing(name, pretrained)
+        )
         return module, open_clip.get_tokenizer(name)
+
+
+def _preprocessing(name: str, pretrained: str | None) -> dict[str, Any]:
+    """What weights that say nothing of their preprocessing are given: all that the architecture's published ones share.
+
+    open_clip takes its own defaults there, OpenAI's, which are wrong for SigLIP, CLIPA, DFN, PE ...
+    """
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is not None and pretrained.lower() in [tag.lower() for tag in tags]:
+        return {}
+    found: dict[str, Any] = {}
+    for key in ("mean", "std", "interpolation", "resize_mode"):
+        values = {open_clip.get_pretrained_cfg(name, tag).get(key) for tag in tags}
+        if len(values) == 1:
+            found[key] = values.pop()
+    return found
 
 
 @contextmanager

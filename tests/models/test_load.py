@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import clipfast
+from clipfast.data.spec import spec_of
 from clipfast.errors import InputError, ModelError, TextError
 from clipfast.models.load import known_models
 
@@ -140,6 +141,52 @@ def test_module_with_its_preprocessing(small):
     assert model.spec.mean == pytest.approx((0.1, 0.2, 0.3)) and model.spec.size == (32, 32)
     with pytest.raises(InputError, match="cannot be read"):
         clipfast.load(small, preprocess=lambda image: image)
+
+
+PREPROCESSINGS = {
+    "openai": {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)},
+    "siglip": {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "resize_mode": "squash"},
+    "clipa": {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bilinear"},
+}
+
+
+@pytest.fixture
+def tagged(small, tmp_path, monkeypatch):
+    """Gives the small architecture published weights, each tag with a preprocessing of its own; returns their file."""
+    weights = tmp_path / "published.pt"
+    torch.save(small.state_dict(), weights)
+    monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_, **__: str(weights))
+
+    def publish(*tags: str):
+        cards = {tag: {"url": "", **PREPROCESSINGS[tag.split("_")[0]]} for tag in tags}
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-clipfast-test", cards)
+        return weights
+
+    return publish
+
+
+@pytest.mark.parametrize("tag", PREPROCESSINGS)
+def test_a_tag_brings_its_own_preprocessing(tagged, tag):
+    tagged(*PREPROCESSINGS)
+    _, _, transform = open_clip.create_model_and_transforms("ViT-clipfast-test", pretrained=tag)
+    spec = clipfast.load(f"ViT-clipfast-test:{tag}").spec
+    assert spec == spec_of(transform, 16)
+    assert spec.mean == PREPROCESSINGS[tag]["mean"] and spec.std == PREPROCESSINGS[tag]["std"]
+    assert (spec.resize, spec.interpolation == "bilinear") == ("squash" if tag == "siglip" else "crop", tag == "clipa")
+
+
+def test_weights_in_a_file_get_the_preprocessing_that_all_tags_share(tagged):
+    weights = tagged("siglip_one", "siglip_two")
+    assert (
+        clipfast.load("ViT-clipfast-test", pretrained=weights).spec
+        == clipfast.load("ViT-clipfast-test:siglip_two").spec
+    )
+    assert clipfast.load(weights).spec.resize == clipfast.load("ViT-clipfast-test:random").spec.resize == "squash"
+    tagged("openai", "siglip")
+    spec = clipfast.load("ViT-clipfast-test", pretrained=weights).spec
+    assert spec.resize == "crop" and spec.mean == PREPROCESSINGS["openai"]["mean"]
+    tagged()
+    assert clipfast.load(weights).spec == spec
 
 
 def test_long_texts_say_what_was_lost(small):
