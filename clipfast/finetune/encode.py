@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipfast.finetune.adversary import Encode
 from clipfast.models.families import image_tower
 
 
-def pixel_encoder(visual: nn.Module, mean: Tensor, std: Tensor, *, normalize: bool) -> Callable[[Tensor], Tensor]:
+def pixel_encoder(visual: nn.Module, mean: Tensor, std: Tensor, *, normalize: bool) -> Encode:
     """Pixels (B, 3, H, W) in [0, 1] -> the module's embeddings (B, E), by a tower of clipfast's own on its weights.
 
     visual     the image side of a CLIP, as in evaluation mode; never called.

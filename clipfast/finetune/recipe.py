@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from clipfast.engine.base import Item, Source
 from clipfast.engine.texts import Prompts
 from clipfast.errors import InputError, ModelError, nearest
-from clipfast.finetune.adversary import Adversary, perturb
+from clipfast.finetune.adversary import Adversary, Encode, perturb
 from clipfast.finetune.checkpoint import Finetuned
+from clipfast.finetune.encode import pixel_encoder
 from clipfast.finetune.log import Follow
 from clipfast.finetune.objective import Batch, Objective, Step, copied, frozen
 from clipfast.finetune.parallel import own_device
@@ -99,6 +102,13 @@ class Adversarial(Objective):
         pooled = (found[0] if isinstance(found, tuple) else found).to(self._mean.dtype)
         return F.normalize(pooled, dim=-1) if self.normalize else pooled
 
+    def _pixels(self, trained: nn.Module) -> Encode:
+        """`embed` for gradients of pixels alone: by a tower on the same weights, where clipfast reads one."""
+        if not isinstance(trained, FSDPModule):
+            with suppress(ModelError):
+                return pixel_encoder(trained, self._mean, self._std, normalize=self.normalize)
+        return partial(self.embed, trained)
+
     def step(self, trained: nn.Module, batch: Batch) -> Step:
         x = batch.images.to(self._mean.dtype)
         with torch.no_grad():
@@ -107,7 +117,7 @@ class Adversarial(Objective):
         loss = partial(self._loss, target=target)
         trained.eval()
         with frozen(trained):
-            found = perturb(partial(self.embed, trained), loss, x, self.adversary, batch.generator)
+            found = perturb(self._pixels(trained), loss, x, self.adversary, batch.generator)
         terms = {"objective": found.objective.mean(), "delta": found.delta.abs().mean()}
         if batch.measure:
             with torch.no_grad():

@@ -307,8 +307,9 @@ def test_checkpointing_and_bfloat16_train_alike(photos: Path, tmp_path: Path, bu
             for w in (plain, half)
         ]
         assert F.cosine_similarity(*moves, dim=0) > 0.5
-        losses = [[r["loss"] for r in read_log(tmp_path / f)] for f in (name, f"{name}-half")]
-        assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.2, abs=1e-3)
+        # Of the first step: the second is taken from other weights, and a network at random is not smooth there.
+        losses = [read_log(tmp_path / f)[0]["loss"] for f in (name, f"{name}-half")]
+        assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1, abs=1e-3)
 
 
 def test_captions_are_the_targets_of_the_supervised_form(photos: Path, tmp_path: Path) -> None:
