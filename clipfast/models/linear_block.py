@@ -141,26 +141,36 @@ class MeanTail:
             sum_j lambda_ji J_j v_i = w_i sum_j lambda_ji
                                       + W_2 [a_i sum_j lambda_ji r_j s_j - sum_j lambda_ji r_j c_ji s_j b_j]
 
-        so that no product is made for a pair of patches.
+        so that no product is made for a pair of patches. Each further norm before the MLP's first map adds one b and c.
         """
-        norm, fc, act = self.last.front.stages
-        assert isinstance(norm, NormDerivative) and isinstance(fc, AffineDerivative)
-        assert isinstance(act, ActivationDerivative | GatedDerivative)
-        x, rstd, slope = (t[:, self.prefix :] for t in (norm.x, norm.rstd, act.slope))
+        *norms, fc, act = self.last.front.stages
+        assert isinstance(fc, AffineDerivative) and isinstance(act, ActivationDerivative | GatedDerivative)
         w = self.last.branch.jvp(values)
-        free = w - w.mean(-1, keepdim=True) if norm.norm.centred else w
-        gain = norm.norm.weight
-        a, b = (product(t if gain is None else t * gain, fc.weight.T) for t in (free, x))
-        moved = rstd * slope  # (B, n, F)
-        c = x @ free.mT / x.shape[-1]  # (B, j, i)
+        # What the norms make of direction i at patch j: r_j (a_i - sum of c_ji b_j).
+        a, moved = w, act.slope[:, self.prefix :]
+        b: list[Tensor] = []
+        c: list[Tensor] = []
+        for norm in norms:
+            assert isinstance(norm, NormDerivative)
+            x = norm.x[:, self.prefix :]
+            a, *b = (t - t.mean(-1, keepdim=True) if norm.norm.centred else t for t in (a, *b))
+            along = x @ a.mT
+            for each, factor in zip(b, c, strict=True):
+                along -= (x * each).sum(-1, keepdim=True) * factor
+            b, c = [*b, x], [*c, along.div_(x.shape[-1])]
+            if norm.norm.weight is not None:
+                a, *b = (t * norm.norm.weight for t in (a, *b))
+            moved = moved * norm.rstd[:, self.prefix :]  # (B, n, F)
+        a, *b = (product(t, fc.weight.T) for t in (a, *b))
         if weights is None:
-            counted = w * x.shape[1]
-            hidden = a * moved.sum(1, keepdim=True) - c.mT @ (moved * b)
+            counted, total = w * w.shape[1], moved.sum(1, keepdim=True)
         else:
-            counted = w * weights.sum(1)[..., None]
-            hidden = a * (weights.mT @ moved) - (weights * c).mT @ (moved * b)
+            counted, total = w * weights.sum(1)[..., None], weights.mT @ moved
+        hidden = a * total
+        for each, factor in zip(b, c, strict=True):
+            hidden -= (factor if weights is None else weights * factor).mT @ (moved * each)
         if isinstance(act, GatedDerivative):
             left, right = hidden.chunk(2, dim=-1)
             hidden = left + right
         de = self.head.jvp(counted.add_(self.last.shared.jvp(hidden, owned=True)), owned=True)
-        return off_(de, self.z).div_(x.shape[1] * self.norm[:, None])
+        return off_(de, self.z).div_(w.shape[1] * self.norm[:, None])
