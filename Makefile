@@ -7,6 +7,10 @@
 #   make scoreboard  every method by every protocol with the demo model, in hours; stopped, it goes on where it was
 #   make roar   accuracy after removing what four methods mark and training anew, in an hour
 #   make study-run  memory of a run over 20,000 images
+#   make study-aft  what AFT and FARE do to the demo model, in hours; stopped, it goes on where it was
+#   make study-grounded  what Grad-ECLIP-guided fine-tuning does to it
+#   make test-matrix  every model of open_clip against its own modules, in an hour; what `clipfast models` says
+#   make test-releases  the tests that meet other libraries, with the oldest releases that are supported
 #   make gpu-check  what needs a GPU: every fast path checked and timed, figures in benchmarks/results/
 #   make wheel  sdist and wheel in dist/
 # VENV names another environment, PYTHON the interpreter that makes it, BUILD what must be built (see setup.py).
@@ -28,13 +32,20 @@ CPP := $(NATIVE) $(wildcard tests/ops/*/*.h)
 RESULTS ?= benchmarks/results/local.json
 BENCH ?= benchmarks
 
-.PHONY: demo test lint format bench gallery scoreboard roar study-run gpu-check wheel clean
+.PHONY: demo test test-matrix test-releases lint format bench gallery scoreboard roar
+.PHONY: study-run study-aft study-grounded gpu-check wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/clipfast demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-matrix: $(VENV)/.dev
+	$(BIN)/python scripts/verify_models.py $(ARGS)
+
+test-releases: $(VENV)/.dev
+	$(BIN)/python scripts/test_releases.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -68,6 +79,12 @@ roar: $(VENV)/.dev
 
 study-run: $(VENV)/.dev
 	$(BIN)/python scripts/study_run.py $(ARGS)
+
+study-aft: $(VENV)/.dev
+	$(BIN)/python scripts/study_aft.py $(ARGS)
+
+study-grounded: $(VENV)/.dev
+	$(BIN)/python scripts/study_grounded.py $(ARGS)
 
 gpu-check: $(VENV)/.dev
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
