@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from clipfast.errors import ModelError
 from clipfast.finetune.adversary import Encode
 from clipfast.models.families import image_tower
 
@@ -22,8 +24,11 @@ def pixel_encoder(visual: nn.Module, mean: Tensor, std: Tensor, *, normalize: bo
     the weights in that dtype, which autocast would cast anew in each pass, as it does with all that need no gradient.
     To be made anew when the weights have changed.
 
-    Raises ModelError for a module that clipfast reads no tower of.
+    Raises ModelError for a module that clipfast reads no tower of, and for one that is compiled, sharded, hooked, or
+    keeps less for the backward pass by running parts twice: a tower would do without all that.
     """
+    if any(_told_how(module) for module in visual.modules()):
+        raise ModelError("the tower is compiled, sharded, hooked or recomputed in parts; it runs so as itself alone.")
     device = mean.device.type
     side = nn.Module()
     side.visual = visual
@@ -37,3 +42,9 @@ def pixel_encoder(visual: nn.Module, mean: Tensor, std: Tensor, *, normalize: bo
         return F.normalize(found, dim=-1) if normalize else found
 
     return encode
+
+
+def _told_how(module: nn.Module) -> bool:
+    """Whether a module runs otherwise than its class does."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(hooked) or isinstance(module, FSDPModule) or module._compiled_call_impl is not None

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from clipfast.engine.base import Item, Source
 from clipfast.engine.texts import Prompts
@@ -104,9 +103,8 @@ class Adversarial(Objective):
 
     def _pixels(self, trained: nn.Module) -> Encode:
         """`embed` for gradients of pixels alone: by a tower on the same weights, where clipfast reads one."""
-        if not isinstance(trained, FSDPModule):
-            with suppress(ModelError):
-                return pixel_encoder(trained, self._mean, self._std, normalize=self.normalize)
+        with suppress(ModelError):
+            return pixel_encoder(trained, self._mean, self._std, normalize=self.normalize)
         return partial(self.embed, trained)
 
     def step(self, trained: nn.Module, batch: Batch) -> Step:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clipfast.errors import ModelError
 from clipfast.finetune.encode import pixel_encoder
+from clipfast.finetune.parallel import recompute
 
 MEAN, STD = torch.full((3, 1, 1), 0.45, dtype=torch.float64), torch.full((3, 1, 1), 0.27, dtype=torch.float64)
 
@@ -86,3 +87,11 @@ def test_under_autocast_it_is_as_close_to_float64_as_the_module_is() -> None:
 def test_what_is_no_tower_is_refused() -> None:
     with pytest.raises(ModelError, match="is no model that clipfast knows"):
         pixel_encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), MEAN, STD, normalize=False)
+
+
+def test_a_module_that_was_told_how_to_run_runs_as_itself() -> None:
+    for told in (recompute, nn.Module.compile, lambda v: v.conv1.register_forward_hook(lambda *given: None)):
+        visual = small("class token")
+        told(visual)
+        with pytest.raises(ModelError, match="compiled, sharded, hooked or recomputed in parts"):
+            pixel_encoder(visual, MEAN, STD, normalize=False)
