@@ -116,7 +116,7 @@ PROCESSORS = {
     "CLIP, old numbers": lambda: processor("CLIP", size=97, crop_size=97),
     "CLIP, odd values": lambda: processor("CLIP", rescale_factor=1 / 127.5, image_mean=[0.1, 1.2, 0.3], resample=2),
     "CLIP, raw": lambda: processor("CLIP", do_normalize=False),
-    "Chinese CLIP": lambda: processor("ChineseCLIP"),
+    "Chinese CLIP": lambda: processor("ChineseCLIP", size={"height": 224, "width": 224}),
     "Chinese CLIP, squashed": lambda: processor(
         "ChineseCLIP", size={"height": 224, "width": 224}, do_center_crop=False
     ),
@@ -138,7 +138,8 @@ def test_every_image_processor(name) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
-@given(st.integers(1, 500), st.integers(1, 500), st.sampled_from([1, 16, 100, 256]))
+# Before transformers 5 it takes sides of up to three pixels for channels.
+@given(st.integers(4, 500), st.integers(4, 500), st.sampled_from([1, 16, 100, 256]))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_naflex_budget(height, width, most) -> None:
     theirs = processor("Siglip2", max_num_patches=most)
