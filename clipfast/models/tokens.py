@@ -15,8 +15,8 @@ class TokenStates:
     """P texts and their W words, counted through text by text, as `Model.token_states` finds them.
 
     texts (P, E): unit embeddings, the model's own. names: the words of each text, in reading order.
-    words (W, E): each word's state, the mean of its BPE pieces' unit states. It is left shorter than one: its product
-        with a unit vector is then the mean of the pieces' cosines.
+    words (W, E): each word's state, the mean of its tokens' unit states. It is left shorter than one: its product
+        with a unit vector is then the mean of the tokens' cosines.
     """
 
     texts: Tensor
@@ -44,7 +44,7 @@ class TokenStates:
 
     def phrase(self, index: int, words: Sequence[str]) -> Tensor | None:
         """The mean state (E,) of the first run of these words in text `index`; None where they do not follow so."""
-        names, wanted = [[w.lower() for w in run] for run in (self.names[index], words)]
+        names, wanted = [[w.casefold() for w in run] for run in (self.names[index], words)]
         for start in range(len(names) - len(wanted) + 1):
             if names[start : start + len(wanted)] == wanted:
                 return self.by_text[index][start : start + len(wanted)].mean(0)
