@@ -70,6 +70,9 @@ class TokenReader:
             # OpenAI's raises for texts that are too long unless told to cut them, as all others do.
             call = partial(call, truncate=True)
         try:
+            if self._tokenizer is self._transformers:
+                # It says only that the type is wrong.
+                "".join(texts).encode()
             with self._alone():
                 found = call(list(texts))
         except UnicodeError as error:
