@@ -27,6 +27,7 @@ from clipfast.models.block import Block
 from clipfast.models.load import load
 from clipfast.models.model import Model
 from clipfast.models.tail import Tail
+from clipfast.models.text import OpaqueText
 from clipfast.models.tower import PatchTower
 
 # A gradient at one token costs every weight of the tail once; from about here on its whole Jacobian is the cheaper.
@@ -103,10 +104,13 @@ def clip_encode_text_dense(
     (T, B, D), of each of the n blocks, the lowest first. Raises InputError where the tower has fewer blocks.
     """
     tower = _model().towers()[1]
-    wide, mask = tower.result_dtype, tower.mask(text.shape[1])
-    text = text.to(tower.device)
+    wide = tower.result_dtype
+    if isinstance(tower, OpaqueText):
+        tower.read(text)
     with torch.no_grad():
-        x = tower.run(tower.embed(text), stop=tower.last_blocks(n), mask=mask).to(wide).transpose(0, 1)
+        texts = tower.read(text.to(tower.device), whole=True)
+        mask = texts.mask
+        x = tower.run(texts.h, stop=tower.last_blocks(n), mask=mask).to(wide).transpose(0, 1)
     q_outs, k_outs, vs, attns, outputs = [], [], [], [], []
     with torch.enable_grad():
         x = x.requires_grad_()
@@ -120,7 +124,7 @@ def clip_encode_text_dense(
             vs.append(v)
             attns.append(attn)
             outputs.append(o)
-        pooled = x.transpose(0, 1)[torch.arange(len(text), device=text.device), tower.pooled(text)]
+        pooled = x.transpose(0, 1)[torch.arange(len(text), device=tower.device), texts.pooled]
         return tower.tail.project(pooled), (q_outs, k_outs, vs), attns, outputs
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from clipfast.errors import InputError
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.tower import ImageTower
 from clipfast.ops.spatial_attribution import gradient_weighted
 
 Needs = Literal["pixels", "features", "tokens", "query", "blocks"]
@@ -115,11 +115,12 @@ class Method:
         """Prepare normalised images (B, 3, H, W) with a tower of a kind in `reads`."""
         raise NotImplementedError
 
-    def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> Explained:
-        """Prepare token ids (B, T); words (B, T) is k on the tokens of the k-th word, 0 where a token is in none.
+    def text(self, tower: Any, ids: Tensor, words: Tensor) -> Explained:
+        """Prepare token ids (B, T) with a `TextTower`.
 
-        Booleans stand for words of one token each. Positions outside words get zero; a word's value is the sum over its
-        tokens. The maps have T places, or fewer where padding at the end can have no influence.
+        words (B, T) is k on the tokens of the k-th word, 0 where a token is in none. Booleans stand for words of one
+        token each. Positions outside words get zero; a word's value is the sum over its tokens. The maps have T places,
+        or fewer where padding at the end can have no influence.
         """
         raise NotImplementedError
 

@@ -24,7 +24,8 @@ from clipfast.methods.base import Explained, Method, MethodInfo, choice
 from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
 from clipfast.models.gradients import score_gradients
 from clipfast.models.tail import LinearTail
-from clipfast.models.tower import ImageTower, Layer, Site, TextTower, Tower
+from clipfast.models.text import TextTower
+from clipfast.models.tower import ImageTower, Layer, Site, Tower
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from clipfast.models.gradients import score_gradients
 from clipfast.models.layers import Affine, Norm, standardize
 from clipfast.models.resnet import ResNetTower
 from clipfast.models.tail import LinearTail
-from clipfast.models.tower import Site, TextTower, Tower
+from clipfast.models.text import TextTower
+from clipfast.models.tower import Site, Tower
 
 MeanGradient = Callable[[Tensor], Tensor]
 """Cotangents t (P, E) or (B, P, E) -> the mean over tokens of d(z . t)/dh: (B, P, D)."""

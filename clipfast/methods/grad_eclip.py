@@ -29,7 +29,8 @@ from clipfast.methods.mean_pooled import explain_mean
 from clipfast.models.block import AttentionBlock, Block, Pool
 from clipfast.models.gradients import Gradients, site_gradients
 from clipfast.models.tail import LinearTail
-from clipfast.models.tower import ImageTower, Site, TextTower, Tower
+from clipfast.models.text import TextTower
+from clipfast.models.tower import ImageTower, Site, Tower
 from clipfast.ops.spatial_attribution import SHORTEST, spatial_weight
 
 Form = Literal["auto", "reverse", "features"]
@@ -194,15 +195,10 @@ class GradEclip(Method):
 
         n is T, or less where padding at the end can have no influence.
         """
-        pooled, words = tower.pooled(ids), words > 0
-        if self.lambda_over == "words":
-            seen = tower.reach(pooled, ids.shape[1])
-            ids, words = ids[:, :seen], words[:, :seen]
+        texts = tower.read(ids, whole=self.lambda_over == "all")
         layers = min(8, tower.depth) if self.layers is None else self.layers
-        mask = tower.mask(ids.shape[1])
-        visible = tower.visible(pooled, ids.shape[1])
-        h = tower.embed(ids)
-        return self._explain(tower, h, pooled, layers, slice(None), words, "sum_then_relu", watch, mask, visible)
+        words, seen = words[:, texts.own] > 0, (texts.mask, texts.visible)
+        return self._explain(tower, texts.h, texts.pooled, layers, texts.own, words, "sum_then_relu", watch, *seen)
 
     def _explain(
         self,
@@ -253,7 +249,7 @@ class GradEclip(Method):
         del h
         weights.append(self._weight(last, sites[-1], all_queries, keep, where))
         tail = tower.tail.linearize(sites[-1].residual, sites[-1].o)
-        gradients = site_gradients(tower, sites, tail, bottom, pooled, heads)
+        gradients = site_gradients(tower, sites, tail, bottom, pooled, heads, mask)
         relu: Relu = "each" if (self.reduce or reduce) == "relu_then_sum" else "sum"
         return SiteExplained(
             tail.z,

@@ -23,7 +23,8 @@ from clipfast.methods.paths import Baseline, Path, check_baseline, image_baselin
 from clipfast.methods.quadrature import Rule, quadrature
 from clipfast.models.families import AnyImageTower
 from clipfast.models.gradients import score_gradients
-from clipfast.models.tower import TextTower, Tower
+from clipfast.models.text import TextTower
+from clipfast.models.tower import Tower
 from clipfast.ops.path import path_accumulate
 
 # Sums of gradients that are kept at once: more prompts than these go through the towers again, for the price of one
@@ -155,22 +156,22 @@ class IntegratedGradients(Method):
     @torch.no_grad()
     def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> PathExplained:
         """Prepare token ids (B, T); n is T, or less where padding at the end can have no influence."""
-        pooled = tower.pooled(ids)
-        length = tower.reach(pooled, ids.shape[1])
-        inside = words[:, :length] > 0
-        mask, block = tower.mask(length), self._block(tower)
-        end = tower.embed(ids[:, :length])
-        start = torch.where(inside[..., None], tower.positions[:length].to(end.dtype), end)
-        path = Path(start, end, 0, length)
+        texts = tower.read(ids)
+        inside, mask, block = words[:, texts.own] > 0, texts.mask, self._block(tower)
+        start, end = tower.read(ids, blank=words > 0).h, texts.h
+        tokens = end.shape[1]
+        path = Path(start, end, 0, tokens)
         if block is not None:
-            path = Path(tower.run(start, stop=block, mask=mask), tower.run(end, stop=block, mask=mask), block, length)
+            path = Path(tower.run(start, stop=block, mask=mask), tower.run(end, stop=block, mask=mask), block, tokens)
 
         def encode(points: Tensor) -> Tensor:
-            of_each = pooled.repeat(len(points) // len(pooled))
-            visible = tower.visible(of_each, length)
-            return tower.finish(points, of_each, path.block, mask=mask, visible=visible)
+            each = texts.at(torch.arange(len(ids)).repeat(len(points) // len(ids)), points)
+            return tower.finish(points, each.pooled, path.block, mask=each.mask, visible=each.visible)
 
-        return self._explained(tower, path, encode, lambda total: (path.delta * total).sum(-1) * inside)
+        def attribute(total: Tensor) -> Tensor:
+            return (path.delta * total).sum(-1)[:, texts.own] * inside
+
+        return self._explained(tower, path, encode, attribute)
 
     def _block(self, tower: Tower) -> int | None:
         return tower.block_index(self.at, "at") if isinstance(self.at, int) else None

@@ -28,7 +28,7 @@ from clipfast.methods.masking import (
     whole_patches,
 )
 from clipfast.models.families import AnyImageTower
-from clipfast.models.tower import TextTower
+from clipfast.models.text import TextTower
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipfast.methods.base import LinearExplained, Method, MethodInfo
 from clipfast.methods.masking import Coalitions, explain_words
-from clipfast.models.tower import TextTower
+from clipfast.models.text import TextTower
 
 
 @dataclass(frozen=True)

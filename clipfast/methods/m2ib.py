@@ -25,7 +25,8 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
-from clipfast.models.tower import ImageTower, TextTower, Tower
+from clipfast.models.text import TextTower, rows_of
+from clipfast.models.tower import ImageTower, Tower
 
 # Theirs: sigmoid(5) = 0.993 lets nearly everything through.
 START = 5.0
@@ -37,7 +38,7 @@ class BottleneckExplained(Explained):
 
     z (B, E): unit embeddings. h (B, N, D): the tokens. keep: the places of a map among them. words (B, N): which places
     of a text get a value, None for all. length: how many tokens noise is drawn for, N or more.
-    pooled (B,), mask (N, N) and visible (B, N): as `Tower.finish` takes them.
+    pooled, mask and visible: as `Tower.finish` takes them.
     """
 
     z: Tensor
@@ -63,7 +64,8 @@ class BottleneckExplained(Explained):
         for pairs in torch.arange(batch * prompts, device=self.h.device).split(max(1, rows // self.method.samples)):
             inputs, asked = pairs // prompts, pairs % prompts
             found = self._information(inputs, texts[inputs, asked], rows)
-            out[inputs, asked] = found[:, self.keep] if self.words is None else found * self.words[inputs]
+            kept = found[:, self.keep]
+            out[inputs, asked] = kept if self.words is None else kept * self.words[inputs]
         return out
 
     def _information(self, inputs: Tensor, texts: Tensor, rows: int) -> Tensor:
@@ -106,7 +108,7 @@ class BottleneckExplained(Explained):
                     t.to(self.tower.dtype),
                     self.pooled[where],
                     self.start,
-                    mask=self.mask,
+                    mask=rows_of(self.mask, where),
                     visible=None if self.visible is None else self.visible[where],
                 )
             (slope,) = torch.autograd.grad(z, t, texts.repeat_interleave(len(eps), 0))
@@ -169,15 +171,15 @@ class M2IB(Method):
 
         n is T, or less where padding at the end can have no influence.
         """
-        start, pooled = self._start(tower), tower.pooled(ids)
-        seen = tower.reach(pooled, ids.shape[1])
-        mask, visible = tower.mask(seen), tower.visible(pooled, seen)
-        h = tower.run(tower.embed(ids[:, :seen]), stop=start, mask=mask)
+        texts = tower.read(ids)
+        start, own, pooled = self._start(tower), texts.own, texts.pooled
+        mask, visible = texts.mask, texts.visible
+        h = tower.run(texts.h, stop=start, mask=mask)
         z = tower.finish(h, pooled, start, mask=mask, visible=visible)
-        inside = words[:, :seen] > 0
+        inside = words[:, own] > 0
         # Noise for the longest text there can be: a text's own does not depend on how long its neighbours are.
-        length = tower.context_length
-        return BottleneckExplained(z, self, tower, start, h, slice(None), length, pooled, inside, mask, visible)
+        length = max(tower.context_length, ids.shape[1]) + h.shape[1] - texts.length
+        return BottleneckExplained(z, self, tower, start, h, own, length, pooled, inside, mask, visible)
 
     def _start(self, tower: Tower) -> int:
         """The first block above the bottleneck."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipfast.methods.base import LinearExplained, exact
 from clipfast.models.families import AnyImageTower
-from clipfast.models.tower import TextTower
+from clipfast.models.text import AnyTextTower
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def every_pair(batch: int, masks: int) -> tuple[Tensor, Tensor]:
 
 
 def encode_pairs(
-    tower: AnyImageTower | TextTower,
+    tower: AnyImageTower | AnyTextTower,
     tokens: int,
     inputs: Tensor,
     masks: Tensor,
@@ -47,10 +47,7 @@ def encode_pairs(
     tokens: how many an input has. inputs and masks (R,): indices, on the CPU. encode: some of them -> embeddings.
     """
     rows = tower.rows_at_once(tokens)
-    found = torch.empty(len(inputs), tower.embed_dim, dtype=tower.result_dtype, device=tower.device)
-    for out, some, under in zip(found.split(rows), inputs.split(rows), masks.split(rows), strict=True):
-        out.copy_(encode(some, under))
-    return found
+    return torch.cat([encode(*some) for some in zip(inputs.split(rows), masks.split(rows), strict=True)])
 
 
 def encode_images(
@@ -80,18 +77,19 @@ def merge_repeated(members: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def explain_words(
-    tower: TextTower, ids: Tensor, words: Tensor, coalitions: Callable[[int], Coalitions]
+    tower: AnyTextTower, ids: Tensor, words: Tensor, coalitions: Callable[[int], Coalitions]
 ) -> LinearExplained:
     """Texts (B, T) whose words are players: a token of a word that is not present is taken out of the sequence.
 
-    The tokens behind it move up, and the places that become free at the end repeat the text's last id, which is
-    padding or the end of text. The pieces of a word fall together and share its value equally. words (B, T): as
-    `Method.text` gets them. coalitions: of so many players.
+    The tokens behind it move up; what becomes free at the end is padding, or where that is seen as any other token is
+    the text's last id: padding or the end of text. The pieces of a word fall together and share its value equally.
+    words (B, T): as `Method.text` gets them. coalitions: of so many players.
     """
     if words.dtype == torch.bool:
         words = words.cumsum(-1) * words
-    seen = tower.reach(tower.pooled(ids), ids.shape[1])
-    ids, words = ids[:, :seen], words[:, :seen].long()
+    seen = tower.reach(ids)
+    words = words.long()
+    words[:, seen:] = 0
     counts = words.amax(-1).tolist()
     plans = {count: coalitions(count) for count in set(counts)}
     kept = [positions_kept(plans[count].members.to(ids.device), row) for count, row in zip(counts, words, strict=True)]
@@ -103,9 +101,10 @@ def explain_words(
         seen,
         texts,
         torch.arange(len(texts)),
-        lambda text, row: tower.encode(without(ids[text.to(ids.device)], keep[row.to(ids.device)])),
+        lambda text, row: tower.encode(without(ids[text.to(ids.device)], keep[row.to(ids.device)], tower.padding)),
     )
-    values = z.new_zeros(*ids.shape, z.shape[1])
+    values = z.new_zeros(len(ids), seen, z.shape[1])
+    words = words[:, :seen]
     for count, row, embeddings, value in zip(counts, words, z.split(sizes), values, strict=True):
         wide = exact(embeddings)
         of_words = (plans[count].shares.to(wide.device) @ wide).to(z)  # (W, E)
@@ -120,8 +119,9 @@ def positions_kept(members: Tensor, words: Tensor) -> Tensor:
     return torch.cat((torch.ones_like(members[:, :1]), members), dim=1).gather(1, words.expand(len(members), -1))
 
 
-def without(ids: Tensor, keep: Tensor) -> Tensor:
-    """Token ids (R, T) with only those to keep (R, T), moved together; the rest repeats the last id."""
+def without(ids: Tensor, keep: Tensor, padding: int | None = None) -> Tensor:
+    """Token ids (R, T) with only those to keep (R, T), moved together; the rest is padding, or repeats the last id."""
     order = (~keep).int().argsort(dim=-1, stable=True)
     places = torch.arange(ids.shape[1], device=ids.device)
-    return torch.where(places < keep.sum(-1, keepdim=True), ids.gather(1, order), ids[:, -1:])
+    rest = ids[:, -1:] if padding is None else padding
+    return torch.where(places < keep.sum(-1, keepdim=True), ids.gather(1, order), rest)

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least, choice
 from clipfast.methods.grad_eclip import GradEclip, SiteExplained
-from clipfast.models.tower import ImageTower, TextTower, Tower
+from clipfast.models.text import TextTower
+from clipfast.models.tower import ImageTower, Tower
 from clipfast.ops.minmax import minmax
 from clipfast.ops.spatial_attribution import SHORTEST
 
@@ -117,7 +118,7 @@ class Mmel(Method):
 
         n is T, or less where padding at the end can have no influence.
         """
-        words = words[:, : tower.reach(tower.pooled(ids), ids.shape[1])] > 0
+        words = words[:, : tower.reach(ids)] > 0
         levels = self._levels(tower, partial(_text_scales, words), words)
         base = GradEclip(spatial="combined", signed=self.signed).text(tower, ids, words, watch=levels.add)
         return self._raised(base, levels, words)

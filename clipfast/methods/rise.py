@@ -26,7 +26,7 @@ from clipfast.methods.masking import (
     merge_repeated,
 )
 from clipfast.models.families import AnyImageTower
-from clipfast.models.tower import TextTower
+from clipfast.models.text import TextTower
 
 # Masks at a time where maps are summed up.
 MASKS = 64

@@ -21,7 +21,7 @@ from torch import Tensor
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
 from clipfast.models.families import AnyImageTower
 from clipfast.models.gradients import score_gradients
-from clipfast.models.tower import TextTower
+from clipfast.models.text import TextTower
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,16 @@ class Saliency(Method):
     @torch.no_grad()
     def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> GradientExplained:
         """Prepare token ids (B, T); n is T, or less where padding at the end can have no influence."""
-        pooled = tower.pooled(ids)
-        length = tower.reach(pooled, ids.shape[1])
-        inside = words[:, :length] > 0
+        texts = tower.read(ids)
+        own, inside = texts.own, words[:, texts.own] > 0
         with torch.enable_grad():
-            tokens = tower.embed(ids[:, :length]).requires_grad_()
-            mask, visible = tower.mask(length), tower.visible(pooled, length)
-            z = tower.finish(tokens, pooled, mask=mask, visible=visible)
-        return GradientExplained(z.detach(), lambda: [(z, tokens)], lambda g: g.abs().sum(-1) * inside, 1, keep=True)
+            tokens = texts.h.requires_grad_()
+            z = tower.finish(tokens, texts.pooled, mask=texts.mask, visible=texts.visible)
+
+        def attribute(gradient: Tensor) -> Tensor:
+            return gradient[:, own].abs().sum(-1) * inside
+
+        return GradientExplained(z.detach(), lambda: [(z, tokens)], attribute, 1, keep=True)
 
 
 @dataclass(frozen=True)

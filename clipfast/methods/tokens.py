@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.text import TextTower
+from clipfast.models.tower import ImageTower
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """pooled (B,): each sequence's pooled position. keep: the tokens that are places of a map, n of N.
+    """pooled (B,): each sequence's pooled position, or (B, N): weights of a mean.
 
-    mask and visible: who sees whom, as `Tower.run` and `Tower.site` take them. inside (B, n): True for the places that
-    are explained; the others get zero.
+    keep: the tokens that are places of a map, n of N. mask and visible: who sees whom, as `Tower.run` and `Tower.site`
+    take them. inside (B, n): True for the places that are explained; the others get zero.
     """
 
     pooled: Tensor
@@ -43,8 +44,5 @@ def text_tokens(tower: TextTower, ids: Tensor, words: Tensor) -> tuple[Tensor, T
 
     Outside `words` (B, T) the map is zero.
     """
-    pooled = tower.pooled(ids)
-    seen = tower.reach(pooled, ids.shape[1])
-    ids, inside = ids[:, :seen], words[:, :seen] > 0
-    tokens = Tokens(pooled, slice(None), tower.mask(seen), tower.visible(pooled, seen), inside)
-    return tower.embed(ids), tokens
+    texts = tower.read(ids)
+    return texts.h, Tokens(texts.pooled, texts.own, texts.mask, texts.visible, words[:, texts.own] > 0)

@@ -278,7 +278,7 @@ def grid_of(method: str, model: Model, side: Side = "image") -> Grid:
             f"which are {', '.join(METHODS[method].parameters())}."
         )
     image, text = model.towers()
-    depth = (image if side == "image" else text).depth
+    depth = image.depth if side == "image" else text.depth
     # Layers alike, and the later ones more: softplus(theta) from 0.13 to 2.13.
     later = tuple(round(-2 + 4 * i / max(depth - 1, 1), 2) for i in range(depth))
     return {"alpha": (0.5, 1.0, 2.0, 4.0, 8.0), "temperature": (0.05, 0.1, 0.2), "theta": (1.0, later)}

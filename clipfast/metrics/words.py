@@ -44,10 +44,12 @@ class Sentences:
     """B texts whose words can be taken out.
 
     ids (B, T): token ids. words (B, T): k on the tokens of the k-th word, 0 on those of none, as `Method.text` has it.
+    padding: as `without` takes it.
     """
 
     ids: Tensor
     words: Tensor
+    padding: int | None = None
 
     @classmethod
     def of(cls, model: Model, texts: Sequence[str]) -> Sentences:
@@ -57,7 +59,7 @@ class Sentences:
         for row, named in zip(words, spans, strict=True):
             for number, word in enumerate(named, start=1):
                 row[word.positions] = number
-        return cls(ids, words)
+        return cls(ids, words, model.towers()[1].padding)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,7 +71,7 @@ class Sentences:
 
     def keeping(self, texts: Tensor, members: Tensor) -> Tensor:
         """The token ids (R, T) of texts (R,) in which only some words (R, W) stay."""
-        return without(self.ids[texts], positions_kept(members, self.words[texts]))
+        return without(self.ids[texts], positions_kept(members, self.words[texts]), self.padding)
 
 
 def word_values(maps: WordMaps, sentences: Sentences) -> Tensor:

@@ -97,7 +97,7 @@ class AttentionBlock:
     ) -> Tensor:
         """Softmax attention of queries (B, M, D) over keys and values (B, N, D), heads concatenated: (B, M, D).
 
-        mask: additive, broadcastable to (B, 1, M, N). heads=1 with its scale D**-0.5 is the single-head variant
+        mask: additive, broadcastable to (B, H, M, N). heads=1 with its scale D**-0.5 is the single-head variant
         that the published Grad-ECLIP code runs.
         """
         h = heads or self.heads

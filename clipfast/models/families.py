@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from clipfast.errors import ModelError
-from clipfast.models.tower import ImageTower, TextTower
+from clipfast.models.opaque import opaque_text
+from clipfast.models.text import AnyTextTower
+from clipfast.models.tower import ImageTower
 
 AnyImageTower = ImageTower
 """What the image side of a model may be read as."""
@@ -56,9 +58,13 @@ def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyImage
     return _family(IMAGE, module)(module, dtype)
 
 
-def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower:
-    """The text side, like `image_tower`."""
-    return _family(TEXT, module)(module, dtype)
+def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyTextTower:
+    """The text side, like `image_tower`; where its structure is not known, its embeddings alone."""
+    try:
+        found: AnyTextTower = _family(TEXT, module)(module, dtype)
+    except ModelError as error:
+        return opaque_text(module, dtype, str(error))
+    return found
 
 
 def _family(families: Sequence[Family], module: nn.Module) -> Family:

@@ -34,12 +34,18 @@ def score_gradients(
 
 
 def site_gradients(
-    tower: Tower, sites: Sequence[Site], tail: LinearTail, bottom: Tensor, pooled: Tensor, heads: int | None
+    tower: Tower,
+    sites: Sequence[Site],
+    tail: LinearTail,
+    bottom: Tensor,
+    pooled: Tensor,
+    heads: int | None,
+    mask: Tensor | None = None,
 ) -> Gradients:
     """The cheapest exact way to the gradients at `sites`, those of the tower's last len(sites) blocks.
 
     tail: linearised at the last site. bottom (B, N, D): input of the lowest of these blocks. pooled (B,): positions.
-    heads: None for the blocks' own.
+    heads: None for the blocks' own. mask: who sees whom, as `Tower.run` takes it.
     """
     if len(sites) == 1:
         return lambda cotangents: [tail.vjp(cotangents)]
@@ -47,8 +53,10 @@ def site_gradients(
     if (len(sites) == 2 or tower.causal) and all(block.qk_norm is None for block in blocks):
         ways = zip(blocks, blocks[1:], sites, sites[1:], strict=False)
         return _PooledToken(tail, [LinearStep.at(*way, pooled, heads) for way in ways])
-    dtype = tower.result_dtype
-    return _AllTokens([block.to(dtype) for block in blocks], tower.tail, bottom.to(dtype), pooled, heads)
+    dtype, seen = tower.result_dtype, sites[-1].mask
+    row = None if seen is None else torch.where(seen, 0.0, -torch.inf).to(dtype)[:, None, None]
+    mask = None if mask is None else mask.to(dtype)
+    return _AllTokens([block.to(dtype) for block in blocks], tower.tail, bottom.to(dtype), pooled, heads, mask, row)
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,8 @@ class _AllTokens:
     bottom: Tensor
     pooled: Tensor
     heads: int | None
+    mask: Tensor | None
+    row: Tensor | None  # the pooled token's own of the mask
 
     def __call__(self, cotangents: Tensor) -> list[Tensor]:
         h = self.bottom
@@ -146,12 +156,12 @@ class _AllTokens:
                 torch.zeros(batch, 1, width, dtype=h.dtype, device=h.device, requires_grad=True) for _ in self.blocks
             ]
             for block, shift in zip(self.blocks[:-1], shifts[:-1], strict=True):
-                o = block.attend(*block.query_key_value(h), heads=self.heads)
+                o = block.attend(*block.query_key_value(h), heads=self.heads, mask=self.mask)
                 h = block.above(h, o + at_pooled * shift)
             last = self.blocks[-1]
             x = last.norm1(h)
             residual, q = last.pooled_query(h, x, self.pooled)
-            o = last.attend(q[:, None], *last.key_value(x), heads=self.heads)
+            o = last.attend(q[:, None], *last.key_value(x), heads=self.heads, mask=self.row)
             z = self.tail(residual, (o + shifts[-1])[:, 0])
             found = [
                 torch.autograd.grad(z, shifts, cotangents[:, r], retain_graph=True) for r in range(cotangents.shape[1])

@@ -17,8 +17,8 @@ from clipfast.errors import InputError, ModelError, TextError, nearest
 from clipfast.models.families import AnyImageTower, image_tower, text_tower
 from clipfast.models.openclip import trained_weights
 from clipfast.models.reader import TokenReader
+from clipfast.models.text import AnyTextTower, OpaqueText
 from clipfast.models.tokens import TokenStates, word_states
-from clipfast.models.tower import TextTower
 from clipfast.models.words import Word
 
 Precision = Literal["float32", "bfloat16", "auto"] | None
@@ -43,7 +43,7 @@ class Model:
         self.module = module
         self.tokenizer = tokenizer
         self.name = name or type(module).__name__
-        self._towers: dict[torch.dtype | None, tuple[Any, AnyImageTower, TextTower]] = {}
+        self._towers: dict[torch.dtype | None, tuple[Any, AnyImageTower, AnyTextTower]] = {}
         with torch.no_grad():
             tower = image_tower(module)
         if preprocess is None:
@@ -68,7 +68,7 @@ class Model:
         return self.towers()[0].device
 
     @torch.inference_mode(False)
-    def towers(self, precision: Precision = None) -> tuple[AnyImageTower, TextTower]:
+    def towers(self, precision: Precision = None) -> tuple[AnyImageTower, AnyTextTower]:
         """The image and the text tower with their trunks in `precision`; None runs the weights as they are.
 
         Towers share the module's tensors (casts are cached), and are read anew when the module's parameters or buffers
@@ -85,7 +85,7 @@ class Model:
         return cached[1], cached[2]
 
     @torch.inference_mode(False)
-    def trained_towers(self) -> tuple[AnyImageTower, TextTower]:
+    def trained_towers(self) -> tuple[AnyImageTower, AnyTextTower]:
         """The towers with the module's own parameters in them: what they compute has gradients that reach these.
 
         For one step of training: read them again after it. `towers` is what everything else uses.
@@ -155,10 +155,8 @@ class Model:
         tokenizer that does not say which pieces its ids stand for.
         """
         _, tower = self.towers()
-        seen = tower.visible(tower.pooled(ids), ids.shape[1])
-        lasts = [ids.shape[1]] * len(ids) if seen is None else seen.sum(1).tolist()
         reader = TokenReader(self.tokenizer)
-        return [reader.words(*each) for each in zip(texts, ids.tolist(), lasts, strict=True)]
+        return [reader.words(*each) for each in zip(texts, ids.tolist(), tower.lengths(ids).tolist(), strict=True)]
 
     def tokenize_words(self, texts: Sequence[str]) -> tuple[Tensor, list[list[Word]]]:
         """Token ids (P, T), and the words of each text.
@@ -181,10 +179,9 @@ class Model:
         """
         _, tower = self.towers(precision)
         ids = self.tokenize(texts, empty=empty)
-        found = torch.empty(len(texts), tower.embed_dim, dtype=tower.result_dtype, device=ids.device)
-        for chunk in _by_length(tower.pooled(ids)):
-            found[chunk] = tower.encode(ids[chunk])
-        return found
+        chunks = _by_length(tower.lengths(ids))
+        found = torch.cat([tower.encode(ids[chunk]) for chunk in chunks])
+        return found[torch.cat(chunks).argsort()]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -195,23 +192,24 @@ class Model:
         """
         _, tower = self.towers(precision)
         ids, named = self.tokenize_words(texts)
-        pooled = tower.pooled(ids)
+        if isinstance(tower, OpaqueText):
+            tower.read(ids)
         embeddings = torch.empty(len(texts), tower.embed_dim, dtype=tower.result_dtype, device=ids.device)
         found: dict[int, Tensor] = {}
-        for chunk in _by_length(pooled):
-            length = tower.reach(pooled[chunk], ids.shape[1])
-            h = tower.run(tower.embed(ids[chunk, :length]), mask=tower.mask(length))
-            states = F.normalize(tower.tail.project(h.to(embeddings.dtype)), dim=-1)
-            embeddings[chunk] = states[torch.arange(len(chunk)), pooled[chunk]]
+        for chunk in _by_length(tower.lengths(ids)):
+            read = tower.read(ids[chunk])
+            h = tower.run(read.h, mask=read.mask)
+            embeddings[chunk] = tower.top(h, read.pooled)
+            states = F.normalize(tower.project(h), dim=-1)
             spans = [[word.positions for word in named[i]] for i in chunk.tolist()]
             found.update(zip(chunk.tolist(), word_states(states, spans), strict=True))
         names = [[word.text for word in words] for words in named]
         return TokenStates(embeddings, names, torch.cat([found[i] for i in range(len(texts))]))
 
 
-def _by_length(pooled: Tensor) -> tuple[Tensor, ...]:
+def _by_length(lengths: Tensor) -> tuple[Tensor, ...]:
     """The numbers of the texts in batches, short texts first."""
-    return pooled.argsort(stable=True).split(_TEXT_BATCH)
+    return lengths.argsort(stable=True).split(_TEXT_BATCH)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -20,7 +20,8 @@ from clipfast.errors import ModelError
 from clipfast.models.block import Block, Pool
 from clipfast.models.layers import GELU, GELU_TANH, QUICK_GELU, Activation, Affine, Chain, Norm, Residual, Scale, Stage
 from clipfast.models.tail import Tail
-from clipfast.models.tower import PatchTower, TextTower
+from clipfast.models.text import Embedding, TextTower
+from clipfast.models.tower import PatchTower
 
 SUPPORTED = (
     "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN), "
@@ -131,9 +132,9 @@ def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower
     for name in ("token_embedding", "positional_embedding", "ln_final", "transformer"):
         if getattr(t, name, None) is None:
             raise unsupported(where, f"has no '{name}' for its text side")
-    if getattr(t, "cls_emb", None) is not None or getattr(t, "use_pad_mask", False):
-        raise unsupported(where, "appends a class token to the text or masks its padding")
-    pool = getattr(t, "text_pool_type", getattr(t, "pool_type", "argmax"))
+    # CoCa's class token is pooled whatever the pool type says, and sees no padding.
+    appended = getattr(t, "cls_emb", None)
+    pool: Any = "last" if appended is not None else getattr(t, "text_pool_type", getattr(t, "pool_type", "argmax"))
     if pool not in ("argmax", "eos", "first", "last"):
         raise unsupported(where, f"pools its text by '{pool}'")
     mask = getattr(t, "attn_mask", None)
@@ -157,10 +158,13 @@ def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> TextTower
         tail=Tail.above(blocks[-1], read_norm(t.ln_final, f"{where}.ln_final"), *head),
         causal=mask is not None,
         logit_scale=read_logit_scale(module),
-        table=read_weight(t.token_embedding.weight),
-        positions=read_weight(t.positional_embedding),
+        embedding=Embedding(read_weight(t.token_embedding.weight), read_weight(t.positional_embedding)),
+        context_length=t.positional_embedding.shape[0] - (appended is not None),
         pool=pool,
         eot_id=getattr(t, "text_eos_id", getattr(t, "eos_id", -1)),
+        padding=t.pad_id if appended is not None or getattr(t, "use_pad_mask", False) else None,
+        appended=read_optional(appended, None),
+        shifted=appended is not None and not t.correct_cls_mask,
     )
 
 

@@ -221,8 +221,7 @@ class Tower:
 
         Raises InputError for a tower that pools the mean of its tokens: it has no site.
         """
-        if pooled.ndim == 2:
-            raise InputError("this tower pools the mean of its tokens: no single token's attention writes it.")
+        _check_site(pooled)
         block = self.blocks[index]
         x = block.norm1(h)
         residual, q = block.pooled_query(h, x, pooled)
@@ -233,7 +232,8 @@ class Tower:
         return self._wide(Site(q, k, v, o, residual, visible))
 
     def site_of(self, layer: Layer, pooled: Tensor, *, visible: Tensor | None = None) -> Site:
-        """The site of a block that `layers` has run for all tokens."""
+        """The site of a block that `layers` has run for all tokens. Raises InputError as `site` does."""
+        _check_site(pooled)
         rows = torch.arange(layer.h.shape[0], device=layer.h.device)
         q, o, residual = (t[rows, pooled] for t in (layer.q, layer.o, layer.h))
         return self._wide(Site(q, layer.k, layer.v, o, residual, visible))
@@ -434,55 +434,9 @@ class StemTower(PixelTower):
         return self.stem(t)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextTower(Tower):
-    """A text transformer whose embedding is one token's.
-
-    table (V, D) and positions (T, D); pool: "argmax" (the largest id is EOT), "eos" (first `eot_id`), "first", "last".
-    """
-
-    table: Tensor
-    positions: Tensor
-    pool: str
-    eot_id: int
-
-    @property
-    def context_length(self) -> int:
-        return self.positions.shape[0]
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Input of block 0 for token ids (B, T): (B, T, D)."""
-        return (self.table[ids] + self.positions[: ids.shape[1]]).to(self.dtype)
-
-    def pooled(self, ids: Tensor) -> Tensor:
-        """The pooled position of each row of token ids (B, T): (B,)."""
-        if self.pool == "argmax":
-            return ids.argmax(dim=-1)
-        if self.pool == "eos":
-            return ids.eq(self.eot_id).int().argmax(dim=-1)
-        position = 0 if self.pool == "first" else ids.shape[1] - 1
-        return torch.full((ids.shape[0],), position, dtype=torch.long, device=ids.device)
-
-    def reach(self, pooled: Tensor, length: int) -> int:
-        """How many of `length` positions matter: in a causal tower, none behind the last pooled token."""
-        return int(pooled.max()) + 1 if self.causal else length
-
-    def mask(self, length: int) -> Tensor | None:
-        """The additive attention mask (T, T) between tokens, None where every token sees every other."""
-        if not self.causal:
-            return None
-        return torch.full((length, length), -torch.inf, device=self.device, dtype=self.dtype).triu_(1)
-
-    def visible(self, pooled: Tensor, length: int) -> Tensor | None:
-        """Which positions each pooled token sees: (B, T), or None for all."""
-        return torch.arange(length, device=pooled.device) <= pooled[:, None] if self.causal else None
-
-    def encode(self, ids: Tensor) -> Tensor:
-        """Unit embeddings (B, E) of token ids (B, T)."""
-        pooled = self.pooled(ids)
-        ids = ids[:, : self.reach(pooled, ids.shape[1])]
-        length = ids.shape[1]
-        return self.finish(self.embed(ids), pooled, mask=self.mask(length), visible=self.visible(pooled, length))
+def _check_site(pooled: Tensor) -> None:
+    if pooled.ndim == 2:
+        raise InputError("this tower pools the mean of its tokens: no single token's attention writes it.")
 
 
 def patch_grid(x: Tensor, patch: tuple[int, int]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import nn
 from clipfast.errors import InputError, ModelError
 from clipfast.models.layers import GELU, GELU_TANH, QUICK_GELU
 from clipfast.models.openclip import image_tower, text_tower
-from clipfast.models.tower import TextTower
+from clipfast.models.text import TextTower
 
 VARIANTS = {
     "square": {},
