@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import regex  # type: ignore[import-untyped]
+import regex
 
 from clipfast.models.align import Span
 
