@@ -16,6 +16,7 @@ from torch import Tensor
 from clipfast.ops.gmm_threshold import gmm_threshold
 from clipfast.ops.mask_sequence import mask_sequence, rank_map
 from clipfast.ops.path import path_accumulate, path_points
+from clipfast.ops.pgd_step import Slope, pgd_step
 from clipfast.ops.spatial_attribution import gradient_weighted, spatial_attribution, spatial_weight
 from clipfast.ops.token_patch_similarity import token_patch_similarity, token_patch_threshold
 
@@ -24,6 +25,13 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 # float32's bound; a mixture that stops an iteration earlier moves a map in the fourth digit, and with a hard threshold
 # single patches appear or vanish.
 EXACT, CLOSE, SOFT, HARD = 0.0, 1e-5, 1e-3, 3e-2
+# Every branch of both kernels of pgd_step.
+PGD = (
+    (Slope(inner=0.3, knee=0.01, outer=2.0, level=-0.017), "none", "gradient"),
+    (Slope(colour=0.02), "box", "sign"),
+    (Slope(inner=0.25), "group", "normalized"),
+    (Slope(inner=0.25), "group", "sign"),
+)
 
 Place = Callable[[Tensor], Tensor]
 Size = tuple[int, int, int, int]
@@ -81,6 +89,8 @@ def checks(device: torch.device, *, tiny: bool = False) -> Iterator[Callable[[],
         yield partial(_nan_check, device, size)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield partial(_mask_check, device, 8 if tiny else 224, dtype)
+    for slope, bound, direction in PGD:
+        yield partial(_pgd_check, device, 8 if tiny else 224, slope, bound, direction)
 
 
 def huge_checks(device: torch.device) -> Iterator[Callable[[], Check]]:
@@ -103,6 +113,8 @@ def speeds(device: torch.device, *, tiny: bool = False) -> Iterator[Callable[[],
         yield partial(_accumulate_speed, device, 4, patches, width, 32, dtype)
         yield partial(_similarity_speed, device, batch, 2 if tiny else 16, patches, 16 if tiny else 512, dtype)
         yield partial(_mask_speed, device, 1 if tiny else 8, 8 if tiny else 224, dtype)
+    for bound in ("box", "group"):
+        yield partial(_pgd_speed, device, 2 if tiny else 128, 28 if tiny else 224, bound)
     yield partial(_gmm_speed, device, 20 if tiny else 65536, patches)
     yield partial(_fused_speed, device, batch, 2 if tiny else 256, patches, 16 if tiny else 512)
 
@@ -244,6 +256,34 @@ def _accumulate_check(device: torch.device, name: str, size: Size, dtype: torch.
         lambda: before + torch.einsum("s,sbic->bic", weights.double(), grad.double().unflatten(0, (5, batch))),
         CLOSE,
         lambda: bool(around[:, 1].isnan().all()),
+    )
+
+
+def _pgd_check(device: torch.device, side: int, slope: Slope, bound: str, direction: str) -> Check:
+    """A size that cells of 5 do not fill; no gradient is so small that rounding would choose its sign."""
+    shape = (3, 3, side + 3, side + 1)
+    image = torch.rand(shape, device=device)
+    gradient = (torch.rand(shape, device=device) + 0.1) * torch.randn(shape, device=device).sign()
+    gradient[0, 0, :3, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    around = torch.full((2, 5, *shape[1:]), torch.nan, device=device)
+    around[0, 1:-1] = (0.02 * torch.randn(shape, device=device)).clamp_(-image, 1 - image)
+    around[1, 1:-1] = torch.randn(shape, device=device).sign()
+    wide = [x.double() for x in (*around[:, 1:-1], gradient, image)]
+    numbers = (list(slope), bound, 0.02, 0.004, 0.9, direction, 5)
+
+    def run(delta: Tensor, velocity: Tensor, gradient: Tensor, image: Tensor) -> Tensor:
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        pgd_step(delta, velocity, gradient, image, count, *numbers)
+        return torch.cat((delta.flatten(), velocity.flatten(), count[None]))
+
+    return Check(
+        "pgd_step",
+        f"{bound}, {direction}",
+        "triton",
+        lambda: run(around[0, 1:-1], around[1, 1:-1], gradient, image),
+        lambda: _as_defined(lambda: run(*wide)),
+        CLOSE,
+        lambda: bool(around[:, [0, -1]].isnan().all()),
     )
 
 
@@ -479,6 +519,44 @@ def _accumulate_speed(
         plain,
         (total, grad, weights),
         4 * 2 * total.numel() + dtype.itemsize * grad.numel(),
+    )
+
+
+def _pgd_speed(device: torch.device, batch: int, side: int, bound: str) -> Speed:
+    shape, radius, cell = (batch, 3, side, side), 4 / 255, 14
+    gradient, image = torch.randn(shape, device=device), torch.rand(shape, device=device)
+    delta, velocity, own_delta, own_velocity = torch.zeros(4, *shape, device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    direction = "normalized" if bound == "group" else "sign"
+
+    def directed(g: Tensor) -> Tensor:
+        return g / norms(g).clamp(min=1e-12) if bound == "group" else g.sign()
+
+    def norms(x: Tensor) -> Tensor:
+        cells = x.unflatten(3, (-1, cell)).unflatten(2, (-1, cell))
+        return cells.square().sum((3, 5), keepdim=True).sqrt().expand_as(cells).flatten(2, 3).flatten(3)
+
+    def plain(delta: Tensor, velocity: Tensor, gradient: Tensor, image: Tensor) -> Tensor:
+        g = gradient - 0.25 * delta
+        g = torch.where(g.isfinite(), g, 0)
+        velocity.copy_(directed(0.9 * velocity + directed(g)))
+        moved = delta + velocity / 255
+        moved = moved * (radius / norms(moved).clamp(min=radius)) if bound == "group" else moved.clamp(-radius, radius)
+        return delta.copy_((image + moved).clamp(0, 1) - image)
+
+    def run() -> Tensor:
+        slope = list(Slope(inner=0.25))
+        pgd_step(delta, velocity, gradient, image, count, slope, bound, radius, 1 / 255, 0.9, direction, cell)
+        return delta
+
+    return Speed(
+        "pgd_step",
+        f"{batch}x3x{side}x{side}, {bound}",
+        "triton",
+        run,
+        plain,
+        (own_delta, own_velocity, gradient, image),
+        4 * 6 * delta.numel(),
     )
 
 
