@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VERIFIED = ROOT / "clipfast" / "models" / "verified.json"
+PAGE = ROOT / "docs" / "models.md"
 RELEASES = ("open_clip_torch", "timm", "torch")
 
 CHECK = """
@@ -51,6 +52,7 @@ def main() -> int:
         told = record.get("failed") or record.get("refused") or f"{record['kind']}, {record['site']}"
         print(f"{i}/{len(names)} {name}: {told}", flush=True)
         bad += [name] * ("failed" in record)
+    _page(models)
     if bad:
         print(f"{len(bad)} of {len(names)} models failed: {', '.join(bad)}", file=sys.stderr)
     print(VERIFIED)
@@ -73,6 +75,38 @@ def _write(releases: dict[str, str], models: dict[str, dict[str, object]]) -> No
     rows = ",\n  ".join(json.dumps(models[name]) for name in sorted(models))
     written.write_text(f'{{"releases": {json.dumps(releases)},\n "models": [\n  {rows}\n]}}\n')
     written.replace(VERIFIED)
+
+
+def _page(models: dict[str, dict[str, object]]) -> None:
+    """The table of families in docs/models.md."""
+    import open_clip
+
+    rows: dict[tuple[str, str], list[dict[str, object]]] = {}
+    for record in models.values():
+        if "image_error" in record:
+            rows.setdefault((str(record["images"]), str(record["site"])), []).append(record)
+    lines = [
+        "| image tower | pools | architectures | weights tags | methods | embeddings | texts | Grad-ECLIP | bfloat16 |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (images, site), records in sorted(rows.items(), key=lambda item: -len(item[1])):
+        tags = sum(len(open_clip.list_pretrained_tags_by_model(str(r["name"]))) for r in records)
+        worst = [
+            max((float(r[key]) for r in records if key in r), default=None)  # type: ignore[arg-type]
+            for key in ("image_error", "text_error", "grad_eclip_features_error", "bfloat16_error")
+        ]
+        told = " | ".join("" if error is None else f"{error:.0e}" for error in worst)
+        methods = max(len(r["methods"]) for r in records)  # type: ignore[arg-type]
+        lines.append(f"| {images} | {site} | {len(records)} | {tags} | {methods} | {told} |")
+    refused = {str(r["name"]): str(r["refused"]) for r in models.values() if "refused" in r}
+    if refused:
+        lines += [
+            "",
+            "Refused, each with its sentence: " + "; ".join(f"{n} ({why})" for n, why in sorted(refused.items())),
+        ]
+    before, rest = PAGE.read_text().split("<!-- families -->\n")
+    after = rest.split("<!-- /families -->")[1]
+    PAGE.write_text(before + "<!-- families -->\n" + "\n".join(lines) + "\n<!-- /families -->" + after)
 
 
 if __name__ == "__main__":
