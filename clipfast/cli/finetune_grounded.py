@@ -9,6 +9,7 @@ from rich.table import Table
 
 from clipfast.cli.console import progress, stdout
 from clipfast.cli.training import Training, takes_training
+from clipfast.errors import InputError
 
 if TYPE_CHECKING:
     from clipfast.finetune.checkpoint import Finetuned
@@ -56,6 +57,8 @@ def grounded(
     from clipfast.data.datasets import open_dataset
     from clipfast.finetune.grounded import Grounded
 
+    if training.compile or training.parallel != "ddp":
+        raise InputError("grounded fine-tuning runs the tower by itself: leave out --compile and --parallel.")
     # Before hours of training, not after.
     dataset = None if regions is None else open_dataset(regions)
     drawn = all(source.startswith("scenes:") for source in training.sources or [])

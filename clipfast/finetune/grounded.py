@@ -107,8 +107,9 @@ class Grounded(Objective):
     caption: the column with the captions; of several, each step draws one.
     checkpointing: blocks of the image tower keep their inputs alone and run twice.
 
-    Negatives are those of the images that go through the model at once: a micro-batch of one process. Parameters have
-    to be whole in each process: DDP, not FSDP.
+    Negatives are those of the images that go through the model at once: a micro-batch of one process. The towers run on
+    the module's parameters, past its own forward: `Settings`' compile and checkpointing do not reach them, and
+    parameters have to be whole in each process (DDP, not FSDP).
 
     Raises InputError for a weight below 0, and as `open_phraser` does.
     """
@@ -149,7 +150,11 @@ class Grounded(Objective):
         return own
 
     def prepare(self, model: Model) -> nn.Module:
-        """A copy of the whole module. Raises ModelError for an image tower without patches, or no tokenizer."""
+        """A copy of the whole module, in which what takes no part in embeddings is frozen.
+
+        Raises ModelError for an image tower without patches, no tokenizer, no logit scale, and where embeddings depend
+        on weights that clipfast's towers do not differentiate.
+        """
         tower, _ = model.towers()
         lacks = MaskClip.why_not(tower) or GradEclip.why_not(tower)
         if lacks is not None:
@@ -159,10 +164,11 @@ class Grounded(Objective):
         twin: Any = copied(model.module)
         if not isinstance(getattr(twin, "logit_scale", None), Tensor):
             raise ModelError(f"{model.name} has no 'logit_scale', which a contrastive loss needs.")
-        if self.freeze_text:
-            for name, parameter in twin.named_parameters():
-                parameter.requires_grad_(name.startswith(("visual.", "logit_")))
         self._model = Model(twin, model.tokenizer, model.spec, model.name)
+        image, text = _reached(self._model)
+        trains = image if self.freeze_text else image | text
+        for name, parameter in twin.named_parameters():
+            parameter.requires_grad_(name in trains or name in ("logit_scale", "logit_bias"))
         return twin
 
     def read(self, item: Item) -> list[Told]:
@@ -214,7 +220,9 @@ class Grounded(Objective):
         image_tower, text_tower = model.trained_towers()
         assert isinstance(image_tower, ImageTower)
 
-        h = image_tower.embed((images - mean) / std)
+        x = (images - mean) / std
+        image_tower = image_tower.fitted(image_tower.grid_of(x))
+        h = image_tower.embed(x)
         for block in image_tower.trunk[: image_tower.depth - 1]:
             h = checkpoint(block, h, use_reentrant=False) if self.checkpointing else block(h)
         _, v, z = last_attention(image_tower, h)
@@ -243,6 +251,37 @@ class Grounded(Objective):
         total = sum(map(len, rows))
         counts = {"phrases": total, "unmarked": total - int(there.sum())}
         return Step(overall + self.weight * local, {"global": overall.detach(), "local": local.detach()}, counts)
+
+
+@torch.enable_grad()
+def _reached(model: Model) -> tuple[set[str], set[str]]:
+    """The names of the weights that an image's embedding depends on, and of those that only a text's does.
+
+    Raises ModelError where the module's own embeddings depend on more than those of its towers.
+    """
+    module: Any = model.module
+    assert model.tokenizer is not None
+    weights = dict(module.named_parameters())
+
+    def behind(embedding: Tensor) -> set[str]:
+        found = torch.autograd.grad(embedding.sum(), list(weights.values()), allow_unused=True)
+        return {name for name, gradient in zip(weights, found, strict=True) if gradient is not None}
+
+    like = next(module.parameters())
+    x, ids = like.new_zeros(1, 3, *model.spec.size), model.tokenizer(["a"]).to(like.device)
+    image_tower, text_tower = model.trained_towers()
+    made = image_tower.encode(x), text_tower.encode(ids)
+    image, text = (behind(one) if one.requires_grad else set() for one in made)
+    wanted = set(weights) - {"logit_scale", "logit_bias"}
+    if hasattr(module, "encode_image") and hasattr(module, "encode_text"):
+        wanted = behind(module.encode_image(x)) | behind(module.encode_text(ids))
+    lost = [name for name in weights if name in wanted - image - text]
+    if lost:
+        raise ModelError(
+            f"{model.name} cannot be grounded: clipfast runs parts of it as they are, without gradients to their "
+            f"{len(lost)} weights, such as {lost[0]}."
+        )
+    return image, text - image
 
 
 def _wide(t: Tensor) -> Tensor:

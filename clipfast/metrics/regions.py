@@ -31,6 +31,7 @@ from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.samples import OnError, batches
 from clipfast.metrics.zero_shot import Templates, class_embeddings, template_texts
 from clipfast.models.model import Model, Precision
+from clipfast.models.tower import ImageTower
 from clipfast.ops.minmax import minmax
 
 # Numbers of pooled regions, boxes x classes x embedding, that are in memory at once.
@@ -93,16 +94,18 @@ class Regions(Protocol):
         lacks = MaskClip.why_not(tower) or GradEclip.why_not(tower)
         if lacks is not None:
             raise InputError(f"regions are pooled from patches, and {model.name} is a model whose image tower {lacks}.")
+        assert isinstance(tower, ImageTower)
         classes = class_embeddings(model, dataset.classes, self.templates, precision)
         rows: list[Tensor] = []
         for batch in batches(model, dataset, precision=precision, on_error=on_error, progress=progress):
             x = batch.inputs(model, precision)
-            h = tower.run(tower.embed(x), stop=tower.depth - 1)
-            patches = patch_embeddings(tower, h, last_attention(tower, h)[1])
+            grid = tower.grid_of(x)
+            fitted = tower.fitted(grid)
+            h = fitted.run(fitted.embed(x), stop=fitted.depth - 1)
+            patches = patch_embeddings(fitted, h, last_attention(fitted, h)[1])
             marks: Sequence[Tensor | None] = [None] * len(patches)
             if self.pooling == "grad_eclip":
-                marks = minmax(GradEclip().from_last_block(tower, h).maps(classes), constant=0.0).unbind()
-            grid = tower.grid_of(x)
+                marks = minmax(GradEclip().from_last_block(fitted, h).maps(classes), constant=0.0).unbind()
             for i, sample in enumerate(batch.samples):
                 boxes = [(t.label, box) for t in sample.targets if t.label is not None for box in t.boxes or ()]
                 if not boxes:

@@ -55,6 +55,8 @@ def test_captions_and_phrases_of_a_table(run: Any, here: Path) -> None:
         (("photos", "--regions", "coco"), "coco needs the folder"),
         (("photos",), "pip install textblob"),
         (("scenes:3:8", "--caption", "title"), "scenes have no column 'title'"),
+        (("scenes:3:8", "--compile"), "leave out --compile and --parallel"),
+        (("scenes:3:8", "--parallel", "fsdp"), "leave out --compile and --parallel"),
         ((), "name a source of images"),
     ],
 )

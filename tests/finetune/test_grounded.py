@@ -390,3 +390,16 @@ def test_captions_that_the_model_cannot_read_are_left_out(tmp_path) -> None:
     with pytest.raises(TextError, match="zebra"):
         objective.read(item(caption="a dog and a zebra"))
     assert objective.read(item(caption="an empty background"))[0].phrases == []
+
+
+def test_weights_that_no_embedding_depends_on_stay(model) -> None:
+    model.module.caption_head = nn.Linear(3, 3).double()
+    _, trained, _, _ = prepared(model)
+    assert not any(p.requires_grad for p in trained.caption_head.parameters())
+    assert all(p.requires_grad for name, p in trained.named_parameters() if not name.startswith("caption_head"))
+
+
+def test_parts_that_run_without_gradients_are_refused(model, monkeypatch) -> None:
+    monkeypatch.setattr(Model, "trained_towers", Model.towers)
+    with pytest.raises(ModelError, match=r"without gradients to their \d+ weights, such as positional_embedding"):
+        Grounded("scenes").prepare(model)
