@@ -42,7 +42,7 @@ _POSSESSIVE = re.compile(r"['’]s?(?!\w)")
 def open_phraser(spec: str) -> Phraser:
     """The phraser that a text names.
 
-    "textblob": noun chunks by TextBlob's parser, whose lexicon comes with the package: pip install textblob.
+    "textblob": noun chunks by TextBlob's parser, whose lexicon comes with the package (clipfast[finetune]).
     "spacy:PIPELINE": noun chunks by an installed spaCy pipeline with a parser, such as spacy:en_core_web_sm.
     "names:FILE": those names of a text file, one a line, that the caption mentions.
     "scenes": the things of rendered scenes, in singular and plural, that the caption mentions.
@@ -108,7 +108,7 @@ def _textblob() -> Phraser:
         parsers = import_module("textblob.en")
     except ImportError as error:
         raise InputError(
-            "noun chunks by textblob need TextBlob: pip install textblob; or give the phrases themselves."
+            "noun chunks by textblob need TextBlob: pip install 'clipfast[finetune]'; or give the phrases themselves."
         ) from error
     with warnings.catch_warnings():
         # It reads its lexicon at first use and leaves the file to the garbage collector.

@@ -53,7 +53,7 @@ def test_captions_and_phrases_of_a_table(run: Any, here: Path) -> None:
     [
         (("photos", "--phrases", "texblob"), "no way to phrases"),
         (("photos", "--regions", "coco"), "coco needs the folder"),
-        (("photos",), "pip install textblob"),
+        (("photos",), "pip install 'clipfast[finetune]'"),
         (("scenes:3:8", "--caption", "title"), "scenes have no column 'title'"),
         (("scenes:3:8", "--compile"), "leave out --compile and --parallel"),
         (("scenes:3:8", "--parallel", "fsdp"), "leave out --compile and --parallel"),
