@@ -32,7 +32,8 @@ from clipfast.models.model import Model
 from clipfast.versions import machine, versions
 from clipfast.view.files import write_file
 
-LR, BATCH, PGD_STEPS = 3e-4, 16, 4
+# Of 1e-3, 3e-4, 1e-4 and 3e-5, after 16 steps: at the first two perturbed embeddings were further away than before.
+LR, BATCH, PGD_STEPS = 1e-4, 8, 2
 SIGMAS, RADII, ATTACK_STEPS = (2, 8), (4 / 255, 8 / 255), 10
 METHODS = {"saliency": "simple gradients", "grad_cam": "Grad-CAM", "grad_eclip": "Grad-ECLIP"}
 # A protocol, its figure, and what the page calls it; the paper has all of them rise.
@@ -54,10 +55,10 @@ KINDS = {"aft": "AFT", "fare": "FARE"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small training of each kind")
-    parser.add_argument("--images", type=int, default=512, help="scenes of a training")
-    parser.add_argument("--eps", type=float, nargs="+", default=[2, 4, 8], help="in 255ths")
+    parser.add_argument("--images", type=int, default=1200, help="scenes of a training")
+    parser.add_argument("--eps", type=float, nargs="+", default=[4, 8], help="in 255ths")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind and eps")
-    parser.add_argument("--test", type=int, default=60, help="scenes whose maps are measured")
+    parser.add_argument("--test", type=int, default=32, help="scenes whose maps are measured")
     parser.add_argument("--runs", type=Path, default=Path("runs/study-aft"), help="folder of the trainings")
     parser.add_argument("--out", type=Path, default=Path("docs/studies"), help="folder of figures and page")
     given = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
     base = load("demo", device="cpu")
     found = {"base": measured(base, given.runs / f"base-{given.test}", given.test)}
     for seed in range(given.seeds):
-        for eps in given.eps:
+        for eps in sorted(given.eps, reverse=True):
             for kind in KINDS:
                 folder = given.runs / f"{kind}-{eps:g}-{seed}-{given.images}"
                 tuned = trained(kind, eps, seed, given.images, base, folder)
@@ -96,11 +97,11 @@ def main() -> None:
 
 def trained(kind: str, eps: float, seed: int, images: int, base: Model, folder: Path) -> Model:
     """The demo model after one pass over scenes that neither it nor a test has seen; goes on where it was stopped."""
-    # Four steps of half the radius reach each of its corners.
-    inner = {"steps": PGD_STEPS, "step_size": eps / 2 / 255}
+    # Steps as long as the radius: two of them reach any corner of the box from anywhere in it.
+    inner = {"steps": PGD_STEPS, "step_size": eps / 255}
     objective = aft_objective(eps=eps / 255, **inner) if kind == "aft" else fare_objective(eps / 255, **inner)
     betas = betas_of("paper" if kind == "aft" else "released")
-    settings = Settings(epochs=1, batch=BATCH, lr=LR, betas=betas, seed=seed, save_every=8, workers=1)
+    settings = Settings(epochs=1, batch=BATCH, lr=LR, betas=betas, seed=seed, save_every=25, workers=1)
     done = Trainer(objective, base, f"scenes:{1000 + seed}:{images}", settings, folder).run()
     if not done.summary["complete"]:
         raise SystemExit("stopped; the same command goes on from there.")
@@ -204,7 +205,7 @@ def page(content: Mapping[str, Any]) -> str:
 The demo model's image tower after AFT (the paper's recipe) and FARE, at several eps: one pass over
 {settings["images"]} rendered scenes, {times} of each kind and eps, AdamW at {settings["lr"]:g} (by short
 trials; the paper's 1e-5 hardly moves so small a model in so few steps), batches of {settings["batch"]},
-{settings["pgd_steps"]} inner steps of eps / 2. Maps are measured on {settings["test"]} scenes with exact masks,
+{settings["pgd_steps"]} inner steps of eps. Maps are measured on {settings["test"]} scenes with exact masks,
 accuracies on {4 * settings["test"]} scenes of one thing, {settings["test"]} of them under attack; no training has
 seen any. The attack is APGD on the cross-entropy with {settings["attack_steps"]} steps, far fewer than robust
 accuracy is usually published with: what it says is an upper bound.

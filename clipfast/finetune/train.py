@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -328,7 +329,9 @@ class _Run:
             generator=torch.Generator(self.device).manual_seed(seed),
             measure=measure,
         )
-        with self._autocast():
+        with self._autocast(), warnings.catch_warnings():
+            # What torch.compile says of normalised pixels, whose own gradient nobody asks for.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
             return self.joined(batch, last)
 
     def _autocast(self) -> AbstractContextManager[Any]:

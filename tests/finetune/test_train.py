@@ -312,6 +312,17 @@ def test_checkpointing_and_bfloat16_train_alike(photos: Path, tmp_path: Path, bu
         assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1, abs=1e-3)
 
 
+def test_a_compiled_tower_trains_alike(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as ever, with a compiler that takes no minutes."""
+    traced = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: traced(self, backend="aot_eager"))
+    start = tiny(torch.float64)
+    finetune(photos, tmp_path / "plain", model=start, steps=3)
+    finetune(photos, tmp_path / "compiled", model=start, steps=3, compile=True)
+    plain, compiled = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert close(plain, compiled, start.module.visual, 1e-6)
+
+
 def test_captions_are_the_targets_of_the_supervised_form(photos: Path, tmp_path: Path) -> None:
     start = tiny()
     (photos / "3.txt").unlink()
