@@ -9,6 +9,7 @@ import typer
 from clipfast.cli.ask import ask
 from clipfast.cli.bench import bench
 from clipfast.cli.demo import demo
+from clipfast.cli.diff import diff
 from clipfast.cli.doctor import doctor
 from clipfast.cli.eval import evaluate
 from clipfast.cli.explain import explain
@@ -27,6 +28,7 @@ app.command()(run)
 app.command()(ask)
 app.command()(export)
 app.command("eval")(evaluate)
+app.command()(diff)
 app.command()(bench)
 app.add_typer(finetune, name="finetune")
 for listing in (models, methods, doctor):

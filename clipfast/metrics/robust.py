@@ -105,6 +105,19 @@ class RobustAccuracy(Protocol):
     def figures(self) -> Mapping[str, str]:  # type: ignore[override]
         return dict.fromkeys(("clean", *(_title(radius) for radius in self.radii)), "higher")
 
+    def check(self, dataset: Dataset) -> None:
+        """Raises InputError where torchattacks is missing, or the data set's classes are, or are too few."""
+        _attacks()
+        if dataset.classes is None:
+            raise InputError(
+                f"{dataset.name} has no classes to choose from; it offers {', '.join(sorted(dataset.offers))}."
+            )
+        if self.targets and len(dataset.classes) < _LEAST_CLASSES:
+            raise InputError(
+                f"the targeted loss compares {_LEAST_CLASSES} classes, and {dataset.name} has {len(dataset.classes)}: "
+                "give targets=0 to attack by cross-entropy alone."
+            )
+
     def measure(self, model: Model, dataset: Dataset, **options: Any) -> Columns:
         """Columns of the attacked pictures: "number" in the data set, whether it is right "clean" and "robust 2/255".
 
@@ -127,21 +140,13 @@ class RobustAccuracy(Protocol):
 
         progress: called with the number of pictures done since the last call.
 
-        Raises InputError where torchattacks is missing, for a data set without classes or such pictures, and for fewer
-        classes than the targeted loss needs; ModelError where no picture has finite logits; ImageError for a picture
-        that cannot be read.
+        Raises InputError as `check` does and for a data set without such pictures; ModelError where no picture has
+        finite logits; ImageError for a picture that cannot be read.
         """
         started = time.perf_counter()
+        self.check(dataset)
         attacks = _attacks()
-        if dataset.classes is None:
-            raise InputError(
-                f"{dataset.name} has no classes to choose from; it offers {', '.join(sorted(dataset.offers))}."
-            )
-        if self.targets and len(dataset.classes) < _LEAST_CLASSES:
-            raise InputError(
-                f"the targeted loss compares {_LEAST_CLASSES} classes, and {dataset.name} has {len(dataset.classes)}: "
-                "give targets=0 to attack by cross-entropy alone."
-            )
+        assert dataset.classes is not None
         classes = class_embeddings(model, dataset.classes, self.templates, precision)
         classifier = Classifier(model, classes, precision)
         parts: list[Columns] = []
@@ -211,9 +216,9 @@ class RobustAccuracy(Protocol):
 def _attacks() -> tuple[Any, Any]:
     """torchattacks' APGD and targeted APGD. Raises InputError where it is missing."""
     try:
-        from torchattacks import APGD, APGDT  # type: ignore[import-untyped]
+        from torchattacks import APGD, APGDT
     except ImportError as error:
-        raise InputError("pictures are attacked by torchattacks: pip install 'clipfast[robust]'.") from error
+        raise InputError("pictures are attacked by torchattacks: pip install 'clipfast[finetune]'.") from error
     return APGD, APGDT
 
 
