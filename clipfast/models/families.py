@@ -44,13 +44,22 @@ def _has_trunk(module: Any, *names: str) -> bool:
     return _has(module, "visual") and _has(module.visual, "trunk") and _has(module.visual.trunk, *names)
 
 
+def _has_encoder(text: Any) -> bool:
+    """Whether the text side is open_clip's HFTextEncoder."""
+    return _has(text, "transformer", "pooler", "proj")
+
+
 IMAGE: Sequence[Family] = (
     Family("ModifiedResNet", lambda m: _has(m, "visual") and _has(m.visual, "attnpool"), "resnet:resnet_tower"),
     Family("VisionTransformer", lambda m: _has(m, "visual") and _has(m.visual, "conv1"), "openclip:image_tower"),
     Family("transformers' CLIP and SigLIP", lambda m: _has(m, "vision_model"), "hf:image_tower"),
     Family("timm's transformers", lambda m: _has_trunk(m, "patch_embed", "blocks"), "timm:image_tower"),
 )
-TEXT: Sequence[Family] = (Family("TextTransformer", lambda m: True, "openclip:text_tower"),)
+TEXT: Sequence[Family] = (
+    Family("transformers' encoders", lambda m: _has(m, "text") and _has_encoder(m.text), "hf_text:encoder_tower"),
+    Family("transformers' CLIP and SigLIP", lambda m: _has(m, "text_model"), "hf_text:text_tower"),
+    Family("TextTransformer", lambda m: True, "openclip:text_tower"),
+)
 
 
 def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyImageTower:
