@@ -81,8 +81,8 @@ def clip_encode_dense(
     grid (h, w). outputs can be differentiated towards att_output and last_input.
     """
     tower = _model().towers()[0]
+    assert isinstance(tower, PatchTower) and isinstance(tower.tail.block, Block)
     block, tail = tower.tail.block, tower.tail
-    assert isinstance(tower, PatchTower) and isinstance(block, Block)
     with torch.no_grad():
         h = tower.run(tower.embed(x.to(tower.device)), stop=tower.depth - 1).to(tower.result_dtype)
         grid = tower.grid_of(x)

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from clipfast.errors import ModelError
 from clipfast.finetune.adversary import Encode
+from clipfast.models.conv import ConvTower
 from clipfast.models.families import image_tower
 
 
@@ -36,9 +37,12 @@ def pixel_encoder(visual: nn.Module, mean: Tensor, std: Tensor, *, normalize: bo
 
     def encode(pixels: Tensor) -> Tensor:
         with torch.autocast(device, enabled=False):
-            fitted = tower.fitted(tower.grid_of(pixels))
-            h = fitted.embed((pixels - mean) / std)
-            found = fitted.unnormalized(h, fitted.pooled(h))
+            fitted, x = tower.fitted(tower.grid_of(pixels)), (pixels - mean) / std
+            if isinstance(fitted, ConvTower):
+                found = fitted.unnormalized(fitted.features(x))
+            else:
+                h = fitted.embed(x)
+                found = fitted.unnormalized(h, fitted.pooled(h))
         return F.normalize(found, dim=-1) if normalize else found
 
     return encode

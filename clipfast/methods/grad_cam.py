@@ -2,8 +2,9 @@
 
     H_i = ReLU(sum_c w_c h_ic),   w = mean over tokens j of dS/dh_j,   h (N, D): the input of a transformer's block
 
-On a ResNet h is the output of a block, and its tokens are its places; the last one's are, with their mean, the tokens
-of the attention pool, so that the mean gradient at places is 1/n of the sum over all of these.
+On convolutional towers h is the output of a layer, and its tokens are its places. A ResNet's last ones are, with their
+mean, the tokens of the attention pool, so that the mean gradient at places is 1/n of the sum over all of these. Other
+towers' heads see of the last places only the mean: dS/dh_j is 1/n of the score's gradient with respect to that.
 
 For a transformer's last block w needs no backward pass through its tokens. With g = dS/do and y = dS/dr at the pooled
 token p (o: its attention output, r: its residual stream), heads left out, s = 1/sqrt(d), a_j its attention,
@@ -31,7 +32,8 @@ from clipfast.methods.attention import PIECE, pooled_attention
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, choice, combine
 from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
 from clipfast.models.block import AttentionBlock, Block, Pool
-from clipfast.models.families import AnyImageTower
+from clipfast.models.conv import ConvTower
+from clipfast.models.families import AnyImageTower, FeatureTower
 from clipfast.models.gradients import score_gradients
 from clipfast.models.layers import Affine, Norm, standardize
 from clipfast.models.resnet import ResNetTower
@@ -156,17 +158,35 @@ class Below:
 
 
 @dataclass(frozen=True)
+class OfMean:
+    """The mean gradient at n places of which z (B, E) is made through their `mean` (B, D, 1, 1) alone."""
+
+    z: Tensor
+    mean: Tensor
+    places: int
+
+    def __call__(self, texts: Tensor) -> Tensor:
+        cotangents = texts.to(self.z.dtype).expand(len(self.z), *texts.shape[-2:]).transpose(0, 1)
+        step = max(1, PIECE // self.mean.numel())
+        found = [
+            torch.autograd.grad(self.z, self.mean, some, retain_graph=True, is_grads_batched=True)[0]
+            for some in cotangents.split(step)
+        ]
+        return torch.cat(found).flatten(2).transpose(0, 1) / self.places
+
+
+@dataclass(frozen=True)
 class GradCam(Method):
     """Grad-CAM at a block. In the last one all prompts cost about as much as Grad-ECLIP's.
 
     layer: the block, from the bottom, or from the top where negative: a transformer's input or a ResNet's output of it;
-        a ResNet's may be named, too ("layer3", "layer4.0"). Another than the last takes a backward pass through the
-        blocks above for each prompt.
+        of other convolutional towers the stage. Layers of convolutions may be named, too ("layer3", "layer4.0",
+        "stages.2"). Another than the last takes a backward pass through the blocks above for each prompt.
     heads: "model", or "single": the blocks from `layer` up run as one head of width D with scale D**-0.5, as the
         released Grad-ECLIP code does; it explains a slightly different model.
     mean_over: "tokens", prefix included, as that code does; or "patches", as general libraries do with the usual
         `reshape_transform`, which drops the class token. A text's tokens are all that EOT sees, its patches the words.
-        On ResNets, where all tokens are places, both are the same.
+        On convolutional towers, where all tokens are places, both are the same.
     """
 
     layer: int | str = -1
@@ -180,7 +200,7 @@ class GradCam(Method):
         backwards="0 (P from a layer below the last)",
         prompt_free=True,
         agrees="the Grad-ECLIP authors' released code to 1e-9 in float64, with heads='single'; captum's LayerGradCam "
-        "and pytorch-grad-cam's GradCAM with mean_over='patches', and on ResNets",
+        "and pytorch-grad-cam's GradCAM with mean_over='patches', and on ResNets and ConvNeXts",
         our_reading="a text's mean is over the tokens that EOT sees",
     )
 
@@ -197,11 +217,11 @@ class GradCam(Method):
         choice(self, "mean_over", "tokens", "patches")
 
     def grid(self, tower: AnyImageTower, size: tuple[int, int]) -> tuple[int, int]:
-        return tower.grid_at(size, self.layer) if isinstance(tower, ResNetTower) else super().grid(tower, size)
+        return tower.grid_at(size, self.layer) if isinstance(tower, FeatureTower) else super().grid(tower, size)
 
     def image(self, tower: AnyImageTower, x: Tensor) -> WeightedChannels:
-        if isinstance(tower, ResNetTower):
-            return self._explain_resnet(tower, x)
+        if isinstance(tower, FeatureTower):
+            return self._explain_features(tower, x)
         return self._explain(tower, *image_tokens(tower, x))
 
     def text(self, tower: TextTower, ids: Tensor, words: Tensor) -> WeightedChannels:
@@ -233,19 +253,25 @@ class GradCam(Method):
         return WeightedChannels(z, h.detach()[:, tokens.keep].to(dtype), tokens.inside.to(dtype), mean_gradient)
 
     @torch.no_grad()
-    def _explain_resnet(self, tower: ResNetTower, x: Tensor) -> WeightedChannels:
+    def _explain_features(self, tower: FeatureTower, x: Tensor) -> WeightedChannels:
         if self.heads == "single":
-            raise InputError("heads='single' of GradCam is for transformers: leave it out for a ResNet.")
+            raise InputError(f"heads='single' of GradCam is for transformers: leave it out for a {tower.kind}.")
         features = tower.features(x, self.layer).to(tower.result_dtype)
         h = features.flatten(2).mT
         mean_gradient: MeanGradient
-        if tower.above(self.layer) == len(tower.bottlenecks):
+        last = tower.above(self.layer) == tower.above(-1)
+        if last and isinstance(tower, ResNetTower):
             t = tower.pool_tokens(features)
             site = tower.site(t, tower.pooled(t))
             tail = tower.tail.linearize(site.residual, site.o)
             shares = torch.full_like(t[..., 0], 1 / h.shape[1])
             attention = pooled_attention(tower.blocks[-1], site)
             z, mean_gradient = tail.z, LastBlock(tail, site, attention, t, tower.pooled(t), shares)
+        elif last and isinstance(tower, ConvTower) and tower.averages:
+            with torch.enable_grad():
+                mean = features.mean((2, 3), keepdim=True).requires_grad_()
+                graph = tower.from_features(mean)
+            z, mean_gradient = graph.detach(), OfMean(graph, mean, h.shape[1])
         else:
             with torch.enable_grad():
                 graph = tower.from_features(h.requires_grad_().mT.unflatten(2, features.shape[2:]), self.layer)

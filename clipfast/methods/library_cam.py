@@ -1,4 +1,4 @@
-"""Class activation maps of ResNet CLIPs as the pytorch-grad-cam library computes them.
+"""Class activation maps of convolutional CLIPs as the pytorch-grad-cam library computes them.
 
     grad_cam++   ReLU(sum_c w_c h_c),  w_c = sum_i a_ic ReLU(g_ic),  a = g^2 / (2 g^2 + (sum_i h_ic) g^3 + 1e-6)
     xgrad_cam    ReLU(sum_c w_c h_c),  w_c = sum_i g_ic h_ic / (sum_i h_ic + 1e-7)
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo
+from clipfast.models.families import FeatureTower
 from clipfast.models.gradients import score_gradients
-from clipfast.models.resnet import ResNetTower
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class LibraryCam(Method):
     needs: ClassVar = "features"
     keeps_activations: ClassVar[bool] = True
 
-    def grid(self, tower: ResNetTower, size: tuple[int, int]) -> tuple[int, int]:
+    def grid(self, tower: FeatureTower, size: tuple[int, int]) -> tuple[int, int]:
         return tower.grid_at(size, self.layer)
 
     @torch.no_grad()
-    def image(self, tower: ResNetTower, x: Tensor) -> CamExplained:
+    def image(self, tower: FeatureTower, x: Tensor) -> CamExplained:
         """Prepare normalised images (B, 3, H, W); n is the number of the layer's places, row by row.
 
         Raises InputError where the library is not installed, and for a layer that there is not.
@@ -75,18 +75,21 @@ def _info(source: str) -> MethodInfo:
     return MethodInfo(
         source=source,
         forwards="1",
-        backwards="P (through the pool and the blocks above layer)",
+        backwards="P (through the blocks above layer, and what pools them)",
         prompt_free=False,
-        agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet, to 1e-9 in float64",
+        agrees="pytorch-grad-cam as released, hooked to open_clip's own ResNet and timm's ConvNeXt, to 1e-9 in float64",
     )
 
 
 @dataclass(frozen=True)
 class GradCamPlusPlus(LibraryCam):
-    """Grad-CAM++ of a ResNet CLIP. The library's 1e-6 stands beside squared gradients of a cosine, which are smaller.
+    """Grad-CAM++ of a convolutional CLIP.
 
-    layer: whose output is explained: a block's number, from the top where negative, or its name ("layer3", "layer4.0").
-        Every prompt takes a backward pass from the embedding down to it.
+    The library's 1e-6 stands beside squared gradients of a cosine, which are smaller.
+
+    layer: whose output is explained: a ResNet's block, of other towers a stage; its number, from the top where
+        negative, or its name ("layer3", "layer4.0", "stages.2"). Every prompt takes a backward pass from the embedding
+        down to it.
     """
 
     library: ClassVar[str] = "GradCAMPlusPlus"
@@ -95,7 +98,7 @@ class GradCamPlusPlus(LibraryCam):
 
 @dataclass(frozen=True)
 class XGradCam(LibraryCam):
-    """XGrad-CAM of a ResNet CLIP.
+    """XGrad-CAM of a convolutional CLIP.
 
     layer: as for `grad_cam++`.
     """
@@ -106,7 +109,7 @@ class XGradCam(LibraryCam):
 
 @dataclass(frozen=True)
 class LayerCam(LibraryCam):
-    """LayerCAM of a ResNet CLIP.
+    """LayerCAM of a convolutional CLIP.
 
     layer: as for `grad_cam++`.
     """

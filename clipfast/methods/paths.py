@@ -15,6 +15,7 @@ from torch import Tensor
 from clipfast.errors import InputError
 from clipfast.methods.quadrature import quadrature
 from clipfast.models.families import AnyImageTower
+from clipfast.models.tower import ImageTower
 from clipfast.ops.path import path_points
 
 Baseline = Literal["mean", "black", "blur"] | Tensor
@@ -65,10 +66,11 @@ def image_path(tower: AnyImageTower, x: Tensor, baseline: Tensor, block: int | N
     """The path between images' tokens, from `baseline` (1 or B, 3, H, W) to x (B, 3, H, W).
 
     block: at the input of which block; None: before the norm below the first, where tokens are still linear in pixels,
-    so that a straight path between tokens is one between images; the only way through a ResNet.
+    so that a straight path between tokens is one between images; the only way through convolutions.
     """
     if block is None:
         return Path(tower.patch(baseline), tower.patch(x), 0, math.prod(tower.grid_of(x)), tower.tokens)
+    assert isinstance(tower, ImageTower)
     start, end = (tower.run(tower.embed(images), stop=block) for images in (baseline, x))
     return Path(start, end, block, end.shape[1])
 

@@ -124,7 +124,8 @@ class ScoreCam(ChannelMethod):
     """Score-CAM: a pass for every channel, which all prompts share.
 
     layer: whose channels: of a transformer the input of block `layer`, at the patches; of a ResNet the output of that
-        block, or of a named one ("layer4"); counted from the top where negative.
+        block, of other convolutional towers of that stage, or of a named one ("layer4", "stages.3"); counted from the
+        top where negative.
     """
 
     info: ClassVar = MethodInfo(

@@ -11,12 +11,17 @@ import torch
 from torch import nn
 
 from clipfast.errors import ModelError
+from clipfast.models.conv import ConvTower
 from clipfast.models.opaque import opaque_text
+from clipfast.models.resnet import ResNetTower
 from clipfast.models.text import AnyTextTower
 from clipfast.models.tower import ImageTower
 
-AnyImageTower = ImageTower
+AnyImageTower = ImageTower | ConvTower
 """What the image side of a model may be read as."""
+
+FeatureTower = ResNetTower | ConvTower
+"""What has convolutional feature maps."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ IMAGE: Sequence[Family] = (
     Family("VisionTransformer", lambda m: _has(m, "visual") and _has(m.visual, "conv1"), "openclip:image_tower"),
     Family("transformers' CLIP and SigLIP", lambda m: _has(m, "vision_model"), "hf:image_tower"),
     Family("timm's transformers", lambda m: _has_trunk(m, "patch_embed", "blocks"), "timm:image_tower"),
+    Family("timm's models of stages", lambda m: _has_trunk(m, "stages") or _has_trunk(m, "layers"), "conv:conv_tower"),
 )
 TEXT: Sequence[Family] = (
     Family("transformers' encoders", lambda m: _has(m, "text") and _has_encoder(m.text), "hf_text:encoder_tower"),

@@ -56,7 +56,7 @@ class Model:
 
     def __repr__(self) -> str:
         tower, _ = self.towers()
-        depth = len(getattr(tower, "bottlenecks", tower.blocks))
+        depth = len(getattr(tower, "bottlenecks", ())) or tower.depth
         return (
             f"<clipfast model {self.name}: {depth} x {tower.width}, patch {tower.patch_size[0]}, "
             f"input {self.spec.size[0]} x {self.spec.size[1]}, embedding {tower.embed_dim}, "

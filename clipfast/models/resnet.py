@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.errors import InputError, nearest
 from clipfast.models.block import Pool
+from clipfast.models.conv import layers_to
 from clipfast.models.layers import Affine, Chain
 from clipfast.models.openclip import read_grid, read_linear, read_logit_scale, read_weight, unsupported
 from clipfast.models.tail import Tail
@@ -118,19 +118,10 @@ class ResNetTower(PixelTower):
         return self.finish(t, self.pooled(t))
 
     def above(self, layer: int | str) -> int:
-        """The first block above a layer. Raises InputError for a layer that there is not."""
+        """How many blocks there are up to a layer. Raises InputError for a layer that there is not."""
         stages = list(zip(_STAGES, self.stages, strict=True))
         names = [f"{stage}.{i}" for stage, blocks in stages for i in range(blocks)]
-        name = {stage: f"{stage}.{blocks - 1}" for stage, blocks in stages}.get(str(layer), layer)
-        if name in names:
-            return names.index(str(name)) + 1
-        count = len(self.bottlenecks)
-        if isinstance(layer, int) and -count <= layer < count:
-            return layer % count + 1
-        raise InputError(
-            f"layer={layer!r} is none of this ResNet's: give the number of one of its {count} blocks, or a name; "
-            f"{nearest(str(layer), [*_STAGES, *names])}"
-        )
+        return layers_to(layer, self.kind, names, {stage: f"{stage}.{blocks - 1}" for stage, blocks in stages})
 
 
 def resnet_tower(module: nn.Module, dtype: torch.dtype | None = None) -> ResNetTower:

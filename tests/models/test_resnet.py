@@ -105,7 +105,7 @@ def test_layers_are_the_modules(build_resnet, layer, module, grid):
 @pytest.mark.parametrize("layer", ["layer5", "layer4.2", "layer", 6, -7, None, 1.5])
 def test_layers_that_there_are_not(build_resnet, layer):
     with pytest.raises(
-        InputError, match=r"is none of this ResNet's: give the number of one of its 6 blocks, or a name"
+        InputError, match=r"is none of this ResNet's: give the number of one of its 6 layers, or a name"
     ):
         resnet_tower(build_resnet()).grid_at((96, 96), layer)
 
