@@ -36,8 +36,10 @@ class Adversary:
     steps, step_size        of the ascent.
     sigma      of the noise, drawn afresh in each step.
     momentum   of the directions; 0 for none.
-    direction  "sign", "normalized" (unit L2 norm: of each cell for group_norm, of each image else) or "gradient". In
-               the linearised problem, one step of "gradient" with step_size=eps/eta is exact for "huber".
+    direction  of a step: "sign", which comes no closer to a maximum than step_size; "normalized", of unit L2 norm over
+               each cell for group_norm, over each image else; "gradient" itself, of which, in the linearised problem,
+               one step with step_size=eps/eta is exact for "huber". "auto" is "normalized" for group_norm and, as
+               released, for elastic_net, where ten steps of it hardly move a pixel; else "sign".
     start      "uniform" in [-eps, eps], or "zero": the gradient is zero there while the model still is the frozen one,
                so that without noise sign steps would never leave.
     recipe     "paper" or "released". As released, x + z is clamped to [0, 1] before delta is added and the start is
@@ -54,13 +56,13 @@ class Adversary:
     step_size: float = 1 / 255
     sigma: float = 1 / 255
     momentum: float = 0.0
-    direction: str = "sign"
+    direction: str = "auto"
     start: str = "uniform"
     recipe: str = "paper"
     group: int = 14
 
     def __post_init__(self) -> None:
-        for name, value, known in (("direction", self.direction, DIRECTIONS), ("start", self.start, STARTS)):
+        for name, value, known in (("direction", self.direction, ("auto", *DIRECTIONS)), ("start", self.start, STARTS)):
             if value not in known:
                 raise InputError(f"{name} {value!r} is not known; {nearest(value, known)}")
         if self.steps < 1:
@@ -80,6 +82,14 @@ class Adversary:
     def fare(cls, eps: float = 4 / 255) -> Self:
         """FARE as its code runs it: the box alone, no noise, ten sign steps of 1/255 with a momentum of 0.9."""
         return cls(penalty="none", eps=eps, sigma=0.0, momentum=0.9, recipe="released")
+
+    @property
+    def ascent(self) -> str:
+        """The direction that "auto" stands for, or the one that was chosen."""
+        if self.direction != "auto":
+            return self.direction
+        by_norm = self.penalty == "group_norm" or (self.penalty == "elastic_net" and self.recipe == "released")
+        return "normalized" if by_norm else "sign"
 
     def h(self) -> Penalty:
         """The penalty with its numbers."""
@@ -154,7 +164,7 @@ def perturb(encode: Encode, loss: Loss, x: Tensor, adversary: Adversary, generat
             h.eps,
             adversary.step_size,
             adversary.momentum,
-            adversary.direction,
+            adversary.ascent,
             h.cells,
         )
     return Perturbed(delta, objective, int(count))
