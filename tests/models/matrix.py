@@ -214,7 +214,7 @@ def check(name: str) -> dict[str, Any]:
         assert "grad_cam" in record["methods"], record
         out = clipfast.explain(x, texts, model=model, method="grad_cam")
         assert out.maps.isfinite().all() and (out.maps > 0).any()
-        with pytest.raises(InputError, match="these methods can: .*grad_cam"):
+        with pytest.raises(InputError, match=r"these methods can: .*grad_cam"):
             clipfast.explain(x, texts, model=model)
     return record
 
