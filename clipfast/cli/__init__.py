@@ -18,6 +18,8 @@ from clipfast.cli.finetune import finetune
 from clipfast.cli.group import Commands
 from clipfast.cli.methods import methods
 from clipfast.cli.models import models
+from clipfast.cli.probe import probe
+from clipfast.cli.robust import robust
 from clipfast.cli.run import run
 from clipfast.cli.words import words
 
@@ -28,7 +30,8 @@ app.command()(run)
 app.command()(ask)
 app.command()(export)
 app.command("eval")(evaluate)
-app.command()(diff)
+for measuring in (diff, robust, probe):
+    app.command()(measuring)
 app.command()(bench)
 app.add_typer(finetune, name="finetune")
 for listing in (models, methods, doctor):

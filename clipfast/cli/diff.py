@@ -60,6 +60,9 @@ def diff(
     robust: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Attack N of the pictures, too (slow on a CPU).")
     ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Fit a linear probe to either tower, too (needs pictures of every class).")
+    ] = False,
     show: Annotated[int, typer.Option(min=0, help="Pictures on the page.")] = 12,
     out: Out = None,
     as_json: Json = False,
@@ -117,6 +120,7 @@ def diff(
             limit=limit,
             concepts=words,
             robust=robust,
+            probe=probe,
             show=show,
             names=(before, after) if before != after else None,
             **options,

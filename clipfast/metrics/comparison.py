@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from clipfast.metrics.base import Difference, Figure, Protocol
 from clipfast.metrics.page import spelled
@@ -17,6 +17,24 @@ from clipfast.view.diff_page import Card, Histogram, Page, Row, Tile, write_diff
 from clipfast.view.files import write_file
 
 FILE, PAGE = "diff.json", "diff.html"
+
+
+@dataclass(frozen=True)
+class Values(Protocol):
+    """One value a row, whose mean is the figure. better: "higher", "lower", or "" where neither is."""
+
+    figure: str
+    better: str = ""
+
+    name: ClassVar[str] = "values"
+    source: ClassVar[str] = "the models' own"
+
+    @property
+    def figures(self) -> Mapping[str, str]:  # type: ignore[override]
+        return {self.figure: self.better}
+
+    def parameters(self) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +28,12 @@ from clipfast.methods import METHODS
 from clipfast.metrics.base import Columns, Difference, Protocol, compare, figures
 from clipfast.metrics.chosen import DEFAULT_METHODS, able
 from clipfast.metrics.class_entropy import ClassEntropy
-from clipfast.metrics.comparison import Change, Comparison
+from clipfast.metrics.comparison import Change, Comparison, Values
 from clipfast.metrics.dissection import ClipDissect
 from clipfast.metrics.evaluation import Evaluation
 from clipfast.metrics.held import Asked, Held
 from clipfast.metrics.map_pairs import Keeping, cards, map_likeness, only_table
-from clipfast.metrics.probe import zero_shot_head
+from clipfast.metrics.probe import Encoded, LinearHead, encode, fit_held_out, hold_out, zero_shot_head
 from clipfast.metrics.registry import entry_of, offered, parse
 from clipfast.metrics.robust import RobustAccuracy
 from clipfast.metrics.samples import batches, only_label
@@ -55,27 +54,13 @@ DEFAULT_PROTOCOLS = (
 _WITHOUT_LABELS = "deletion+insertion/cosine:steps=10"
 # A neuron is described by its strongest pictures: several times as many should be there to choose from.
 _TOP, _TIMES = 100, 5
+# The share of each class's pictures that a probe does not see.
+_HELD_OUT = 0.2
 
 _SIDES = ("before", "after")
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """(what is done, of how many) -> a context that gives what to call with how much was done since."""
-
-
-@dataclass(frozen=True)
-class _Values(Protocol):
-    """One value a row, of which neither more nor less is better."""
-
-    figure: str
-    name: ClassVar[str] = "values"
-    source: ClassVar[str] = "the models' own"
-
-    @property
-    def figures(self) -> Mapping[str, str]:  # type: ignore[override]
-        return {self.figure: ""}
-
-    def parameters(self) -> dict[str, Any]:
-        return {}
 
 
 class Differ:
@@ -98,6 +83,7 @@ class Differ:
         concepts: Sequence[str] = (),
         groups: Mapping[str, Sequence[str]] | None = None,
         robust: int | RobustAccuracy | None = None,
+        probe: bool = False,
         show: int = 12,
         seed: int = 0,
         batch: int = 32,
@@ -136,7 +122,9 @@ class Differ:
         self._shown = self._evaluators
         if asked is not None and dataset is not asked:
             self._shown = self._both(Held(asked, len(asked)), ["gini"], prompt="{}", **options)
-        self.concepts, self.groups = list(concepts), groups
+        self.concepts, self.groups, self.probe = list(concepts), groups, probe
+        if probe and dataset.classes is None:
+            raise InputError(f"a probe tells classes apart, and {dataset.name} has none.")
         if isinstance(robust, int):
             robust = RobustAccuracy(count=robust, templates=self.templates, seed=seed)
         self.robust = robust
@@ -165,6 +153,8 @@ class Differ:
         """Measure both, and compare. progress: see `Progress`."""
         started = time.perf_counter()
         self._progress: Progress = progress or (lambda what, count: nullcontext(lambda done: None))
+        # First, because whether every class has pictures enough is only seen here.
+        probes = self._probes() if self.probe else None
         before, after = self._evaluated(self._evaluators)
         table = only_table(before)
         found = Comparison(
@@ -183,6 +173,8 @@ class Differ:
         drift = self._compare_embeddings(found, table.texts)
         if self.held.classes is not None and "labels" in self.held.offers:
             self._compare_predictions(found, self.held.classes)
+        if probes is not None:
+            self._compare_probes(found, *probes)
         if self.concepts:
             self._compare_neurons(found)
         if self.robust is not None:
@@ -219,7 +211,7 @@ class Differ:
             found.changes += [Change(label, *three) for three in zip(*pairs, differences, strict=True)]
         one, other = only_table(before), only_table(after)
         cosines, theirs = (torch.tensor(table.scores, dtype=torch.float64) for table in (one, other))
-        self._enter(found, "similarity", _Values("cosine"), {"cosine": cosines}, {"cosine": theirs}, one.groups)
+        self._enter(found, "similarity", Values("cosine"), {"cosine": cosines}, {"cosine": theirs}, one.groups)
         about = "Cosines of pictures with what they are asked for."
         found.histograms.append(Histogram.of("Similarity", about, theirs, cosines))
         a, b = (evaluator.kept for evaluator in self._evaluators)
@@ -238,12 +230,12 @@ class Differ:
             )
             return None
         drift = _cosine(*self._each("embeddings", len(self.held), self._embeddings))
-        self._enter_between(found, "drift of pictures", drift)
+        self._enter_between(found, "drift of pictures, cosine", drift)
         about = "Cosine of a picture's embedding before with its embedding after; 1: no drift."
         found.histograms.append(Histogram.of("Drift of pictures", about, drift))
         asked = list(dict.fromkeys(texts))
         self._enter_between(
-            found, "drift of texts", _cosine(*(m.encode_texts(asked, self.precision) for m in self.models))
+            found, "drift of texts, cosine", _cosine(*(m.encode_texts(asked, self.precision) for m in self.models))
         )
         return drift
 
@@ -283,6 +275,27 @@ class Differ:
             if bool(before[figure].isfinite().any()):
                 about = "Of zero-shot probabilities, as a share of the largest possible; 0: sure of one class."
                 found.histograms.append(Histogram.of(title, about, after[figure], before[figure]))
+
+    def _probes(self) -> tuple[tuple[LinearHead, Encoded], tuple[LinearHead, Encoded]]:
+        """Either model's linear probe, and the samples that were held out from it: the same for both."""
+
+        def fit(model: Model, advance: Callable[[int], None]) -> tuple[LinearHead, Encoded]:
+            found = encode(model, self.held, precision=self.precision, on_error="skip", progress=advance)
+            _, kept = hold_out(found.labels, _HELD_OUT, self.seed)
+            return fit_held_out(found, held=_HELD_OUT, seed=self.seed), found.select(kept)
+
+        return self._each("linear probe", len(self.held), fit)
+
+    def _compare_probes(
+        self, found: Comparison, before: tuple[LinearHead, Encoded], after: tuple[LinearHead, Encoded]
+    ) -> None:
+        """Enter the probes' accuracy on what was held out, and how sure they are of it."""
+        both = (before, after)
+        hits = [{"accuracy": head.hits(one.z, one.labels).double()} for head, one in both]
+        self._enter(found, "linear probe", Values("accuracy", "higher"), hits[0], hits[1])
+        entropy = ClassEntropy(self.groups)
+        columns = [entropy.columns(head.probabilities(one.z), one.labels, one.classes) for head, one in both]
+        self._enter(found, f"{entropy.name}, linear probe", entropy, columns[0], columns[1])
 
     def _compare_neurons(self, found: Comparison) -> None:
         """Enter how well a concept describes each neuron, by the judgement of the model before."""
@@ -341,7 +354,7 @@ class Differ:
 
     def _enter_between(self, found: Comparison, name: str, values: Tensor, groups: Tensor | None = None) -> None:
         known = values.isfinite()
-        protocol = _Values(name)
+        protocol = Values(name)
         columns = {name: values[known]}
         own = None if groups is None else groups[known]
         found.between[name] = figures(protocol, columns, groups=own, seed=self.seed)[0]
@@ -374,6 +387,7 @@ def diff(before: Any, after: Any, dataset: Dataset | None = None, **options: Any
     limit: of samples. show: how many pictures the page shows: half of them those whose maps changed most.
     concepts: words by which neurons are described, see `ClipDissect`; the model before judges both. groups: of classes,
         see `ClassEntropy`. robust: a number of pictures, or a `RobustAccuracy`, to attack them.
+    probe: fit a linear probe to either tower's embeddings, and measure it on a fifth of each class that is held out.
     seed, batch, precision, resize, prompt, templates: see `evaluate`. prompt and templates are the same for both.
 
     Samples that cannot be read are left out (`Comparison.errors`). Drift is measured where the two have embeddings of

@@ -6,6 +6,7 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -246,16 +247,18 @@ def _histogram(one: Histogram) -> str:
 def _cards(cards: Sequence[Card]) -> str:
     if not cards:
         return ""
-    found, last = [f'<p class="note">{_MAPS}</p>'], ""
-    for card in cards:
-        if card.group != last:
-            found.append(f"<h3>{_safe(card.group)}</h3>")
-            last = card.group
-        drift = "" if card.drift is None else f"<span>embeddings: cosine {number(card.drift)}</span>"
-        pairs = "".join(_pair(card.picture, one) for one in card.pairs)
-        head = f"<h4>{_safe(card.title)}{drift}</h4>"
-        found.append(f'<article class="side-by-side">{head}<div class="pairs">{pairs}</div></article>')
+    found = [f'<p class="note">{_MAPS}</p>']
+    for group, own in groupby(cards, key=lambda card: card.group):
+        heading = f"<h3>{_safe(group)}</h3>" if group else ""
+        found.append(f'{heading}<div class="cards">{"".join(map(_card, own))}</div>')
     return "".join(found)
+
+
+def _card(card: Card) -> str:
+    drift = "" if card.drift is None else f"<span>embeddings: cosine {number(card.drift)}</span>"
+    pairs = "".join(_pair(card.picture, one) for one in card.pairs)
+    head = f"<h4>{_safe(card.title)}{drift}</h4>"
+    return f'<article class="side-by-side">{head}<div class="pairs">{pairs}</div></article>'
 
 
 def _pair(picture: Image.Image, one: Pair) -> str:

@@ -43,7 +43,7 @@ def test_two_names_are_enough(run: Any, tuned: str, monkeypatch: pytest.MonkeyPa
     assert result.stdout.splitlines()[-1] == "runs/diff/diff.html"
     document = json.loads(Path("runs/diff/diff.json").read_text())
     assert (document["before"], document["after"], document["data"]) == ("demo", tuned, "scenes:1")
-    assert "drift of pictures" in document["between"] and document["samples"] == 2
+    assert "drift of pictures, cosine" in document["between"] and document["samples"] == 2
 
 
 def test_the_table_and_the_page_hold_the_same(run: Any, tuned: str) -> None:

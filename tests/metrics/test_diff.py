@@ -30,7 +30,7 @@ from clipfast.metrics.diff import Differ, diff
 from clipfast.metrics.evaluate import evaluate
 from clipfast.metrics.held import Asked, Held
 from clipfast.metrics.map_pairs import drawn, map_likeness
-from clipfast.metrics.probe import encode
+from clipfast.metrics.probe import encode, fit_held_out, hold_out
 from clipfast.metrics.robust import RobustAccuracy
 from clipfast.metrics.stability import map_ssim
 from clipfast.metrics.zero_shot import ZeroShot
@@ -147,10 +147,10 @@ def test_what_lies_between_the_two(found: Comparison, noisy: Path) -> None:
         za, zb = (Explainer(model).features(picture).embeddings[0].double() for model in (one, other))
         drift.append(float(za @ zb))
     assert found.between["SSIM of the maps"].value == pytest.approx(np.mean(ssim), abs=1e-5)
-    assert found.between["drift of pictures"].value == pytest.approx(np.mean(drift), abs=1e-5)
-    assert 0.3 < found.between["drift of pictures"].value < 0.99
+    assert found.between["drift of pictures, cosine"].value == pytest.approx(np.mean(drift), abs=1e-5)
+    assert 0.3 < found.between["drift of pictures, cosine"].value < 0.99
     # The noise is on the image tower alone.
-    assert found.between["drift of texts"].value == 1
+    assert found.between["drift of texts, cosine"].value == 1
     shown = {card.title: card for card in found.cards}
     number = next(i for i, sample in enumerate(SCENES) if sample.key in shown)
     assert shown[SCENES[number].key].drift == pytest.approx(drift[number], abs=1e-5)
@@ -243,7 +243,7 @@ def test_other_architectures(build_clip: Any, build_resnet: Any, tokenizer: Any)
     assert any("24 and 16 dimensions" in one for one in wide.notes)
     assert all(card.drift is None for card in wide.cards)
     resnet = diff(model(build_clip()), model(build_resnet()), data, protocols=["gini"])
-    assert "drift of pictures" in resnet.between
+    assert "drift of pictures, cosine" in resnet.between
     deeper = diff(model(build_clip()), model(build_clip(layers=2)), data, protocols=["gini"], method="mask_clip")
     assert deeper.method == "mask_clip"
     with pytest.raises(InputError, match="gem cannot explain images with both models; can: "):
@@ -267,7 +267,29 @@ def test_samples_that_cannot_be_read_are_left_out(noisy: Path) -> None:
     assert found.errors == {"sample 2": "p2 is damaged."} and found.samples == 4
     for one in found.changes:
         assert one.before.count == (768 if one.protocol == "dissection/clip" else 3), one.protocol
-    assert found.between["drift of pictures"].count == 3
+    assert found.between["drift of pictures, cosine"].count == 3
+
+
+def test_linear_probes_are_measured_on_what_they_did_not_see(noisy: Path) -> None:
+    data = Listed(
+        [
+            Sample(f"{kind}{i}", Image.fromarray(render(100 * kind + i, objects=1).image), [Target(name, kind)], [])
+            for i in range(5)
+            for kind, name in enumerate(["dog", "cat", "car"])
+        ]
+    )
+    data.classes = ["dog", "cat", "car"]
+    found = diff("demo", f"demo:{noisy}", data, protocols=["gini"], probe=True, seed=3)
+    encoded = encode(clipfast.load("demo"), data)
+    _, kept = hold_out(encoded.labels, 0.2, 3)
+    head = fit_held_out(encoded, held=0.2, seed=3)
+    accuracy = found.change("linear probe", "accuracy")
+    assert accuracy.before.count == len(kept) == 3
+    assert accuracy.before.value == pytest.approx(head.accuracy(encoded.select(kept)))
+    assert accuracy.before.better == "higher"
+    assert found.change("class_entropy, linear probe", "entropy share").after.count == 3
+    with pytest.raises(InputError, match="a sample of every class"):
+        diff("demo", "demo", Listed([*labelled(3)]), protocols=["gini"], probe=True)
 
 
 def test_every_picture_is_opened_once() -> None:
