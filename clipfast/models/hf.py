@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipfast.data.spec import InputSpec
 from clipfast.models.block import Block, Pool
 from clipfast.models.layers import (
     GELU,
@@ -65,6 +66,8 @@ def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> PatchTow
     parts(v, where, "embeddings", "encoder", "post_layernorm", optional=("pre_layrnorm", "head"))
     e: Any = v.embeddings
     parts(e, f"{where}.embeddings", "patch_embedding", "position_embedding", optional=("class_embedding",))
+    if head is None and getattr(e, "class_embedding", None) is None:
+        raise unsupported(where, "has neither a 'head' that pools nor a 'class_embedding'")
     blocks: list[Any] = read_layers(v.encoder, f"{where}.encoder", dtype)
     trunk = blocks[0].dtype
     first = None if head is not None else read_weight(e.class_embedding, trunk).reshape(1, -1)
@@ -95,6 +98,18 @@ def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> PatchTow
         norm_pre=Chain() if pre is None else read_norm(pre, f"{where}.pre_layrnorm", dtype),
         resize="bilinear_antialias" if naflex else "bicubic",
     )
+
+
+def family_spec(tower: PatchTower) -> InputSpec:
+    """The preprocessing of CLIP's, of SigLIP's or of NaFlex models, where none came with the model."""
+    (ph, pw), (gh, gw) = tower.patch_size, tower.grid
+    size = (gh * ph, gw * pw)
+    if tower.prefix:
+        return InputSpec(size, tower.patch_size, centre="floor")
+    half = (0.5, 0.5, 0.5)
+    if tower.resize == "bicubic":
+        return InputSpec(size, tower.patch_size, half, half, resize="squash")
+    return InputSpec(size, tower.patch_size, half, half, "bilinear", resize="keep", max_patches=gh * gw)
 
 
 def _read_patches(patches: Any, path: str, dtype: torch.dtype) -> Tensor:

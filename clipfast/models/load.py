@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.errors import ModelError, nearest
+from clipfast.models import hf_load
 from clipfast.models.model import Model, Tokenizer
 
 RANDOM = "random"
@@ -36,9 +37,10 @@ def load(
     """A CLIP model, ready to be explained.
 
     model: "demo"; an open_clip architecture ("ViT-B-16" with `pretrained`, or "ViT-B-16:openai" in one word);
-        "hf:org/name" for a model with an open_clip configuration on the Hugging Face hub; the path of a checkpoint
-        (open_clip's .pt or .safetensors, an OpenAI JIT archive), or of a folder with an open_clip_config.json and
-        weights, as fine-tuning writes it; or a module you already have, which stays as it is.
+        "hf:org/name" for a model on the Hugging Face hub, open_clip's where it has an open_clip configuration, else
+        transformers'; the path of a checkpoint (open_clip's .pt or .safetensors, an OpenAI JIT archive), of a folder
+        with an open_clip_config.json and weights, as fine-tuning writes it, or of one as transformers writes it; or a
+        module you already have, open_clip's or transformers', which stays as it is.
     pretrained: a weights tag of open_clip, the path of a checkpoint, or "random" for untrained weights.
     tokenizer, preprocess: replace the model's own; preprocess may be a torchvision Compose, an image processor of
         transformers or an InputSpec. A tag brings its own preprocessing; weights in a file get what the architecture's
@@ -55,20 +57,31 @@ def load(
     if isinstance(model, nn.Module):
         if tokenizer is None and getattr(model, "vocab_size", None) == _CLIP_VOCABULARY:
             tokenizer = open_clip.SimpleTokenizer(context_length=getattr(model, "context_length", 77))
-        return Model(model, tokenizer, preprocess)
+        # A processor of transformers is both.
+        processor = tokenizer if preprocess is None and hasattr(tokenizer, "image_processor") else None
+        return Model(model, tokenizer, preprocess or processor)
     name = str(model)
     if pretrained is None and ":" in name and not name.startswith("hf:") and not Path(name).exists():
         name, pretrained = name.split(":", 1)
     module: nn.Module
-    own: Tokenizer
+    own: Tokenizer | None
     if name == "demo":
         from clipfast.models.demo import load_demo
 
         module, own = load_demo(None if pretrained is None else Path(pretrained))
     elif name.startswith("hf:"):
-        module, own = _create("hf-hub:" + name[3:], None)
+        with _reading(name):
+            mine = hf_load.on_hub(name[3:], CONFIG)
+        if mine:
+            module, own = _create("hf-hub:" + name[3:], None)
+        else:
+            module, own, preprocess = _load_transformers(name[3:], preprocess)
     elif (Path(name) / CONFIG).is_file():
         module, own = _load_folder(Path(name))
+    elif (Path(name) / hf_load.CONFIG).is_file():
+        module, own, preprocess = _load_transformers(name, preprocess)
+    elif Path(name).is_dir() and name not in open_clip.list_models():
+        raise ModelError(f"the folder {name} holds neither open_clip's {CONFIG} nor transformers' {hf_load.CONFIG}.")
     elif Path(name).is_file() or Path(name).suffix in _CHECKPOINTS:
         module, own = _load_path(Path(name))
         name = Path(name).name
@@ -206,6 +219,13 @@ def _preprocessing(name: str, pretrained: str | None) -> dict[str, Any]:
     return found
 
 
+def _load_transformers(source: str, preprocess: Any) -> tuple[nn.Module, Tokenizer | None, Any]:
+    """The model, its tokenizer, and what prepares its images unless `preprocess` is to."""
+    with _reading(source):
+        module, tokenizer, processor = hf_load.load_transformers(source)
+    return module, tokenizer, preprocess or processor
+
+
 @contextmanager
 def _reading(source: object) -> Iterator[None]:
     """open_clip, torch and safetensors each fail in their own way on a missing or broken file: one sentence for all."""
@@ -216,6 +236,8 @@ def _reading(source: object) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")
             yield
+    except ModelError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{source} cannot be loaded: {shorten(reason, 300)}") from error

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from clipfast.data.spec import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
 from clipfast.models.families import AnyImageTower, image_tower, text_tower
+from clipfast.models.hf import family_spec
 from clipfast.models.openclip import trained_weights
 from clipfast.models.reader import TokenReader
 from clipfast.models.text import AnyTextTower, OpaqueText
 from clipfast.models.tokens import TokenStates, word_states
+from clipfast.models.tower import PatchTower
 from clipfast.models.words import Word
 
 Precision = Literal["float32", "bfloat16", "auto"] | None
@@ -229,6 +231,8 @@ def _fingerprint(module: nn.Module) -> tuple[tuple[int, int], ...]:
 
 
 def _own_spec(module: Any, tower: AnyImageTower) -> InputSpec:
+    if isinstance(tower, PatchTower) and not hasattr(module, "visual"):
+        return family_spec(tower)
     visual = module.visual
     config = dict(getattr(visual, "preprocess_cfg", None) or {})
     (ph, pw), (gh, gw) = tower.patch_size, tower.grid
