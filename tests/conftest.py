@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.timm_model import TimmModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -90,18 +92,65 @@ def build_resnet() -> BuildClip:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.2)
-        # Statistics of blotches, as a training would leave them: at their start the image fades from block to block.
-        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum = 1.0
-        blotches = nn.functional.interpolate(torch.randn(8, 3, 5, 5), size=model.visual.image_size, mode="bilinear")
-        with torch.no_grad():
-            model.train().visual(blotches)
-        for norm in norms:
-            norm.momentum = 0.1
-        return model.eval()
+        return settle(model)
 
     return build
+
+
+NARROW: dict[str, tuple[str, dict[str, Any]]] = {
+    "convnext": ("test_convnext", {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 64)}),
+    "fastvit": ("fastvit_mci0", {"layers": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 32)}),
+    "fastvit5": ("fastvit_mci3", {"layers": (1, 1, 1, 1, 1), "embed_dims": (8, 8, 16, 32, 32)}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 64, "window_size": 2, "depths": (1, 2, 1, 1), "embed_dim": 8, "num_heads": (1, 2, 2, 2)},
+    ),
+}
+"""Trunks of timm's, flat and narrow, for 64 x 64 pixels."""
+
+
+@pytest.fixture
+def build_stages() -> BuildClip:
+    """A factory of small CLIPs whose image side is open_clip's around a trunk of timm: one of NARROW, or a module.
+
+    proj: "linear" or "mlp" above a ConvNeXt; other trunks end in a classifier that is the projection.
+    """
+
+    def build(trunk: str | nn.Module = "convnext", *, seed: int = 0, embed_dim: int = 24, proj: str = "linear") -> CLIP:
+        torch.manual_seed(seed)
+        model = CLIP(
+            embed_dim=embed_dim,
+            vision_cfg=CLIPVisionCfg(image_size=32, patch_size=32, layers=1, width=32, head_width=8),
+            text_cfg=CLIPTextCfg(context_length=20, vocab_size=300, width=32, heads=4, layers=2),
+        )
+        model.visual = TimmModel("test_convnext", embed_dim, image_size=64, pool="", proj=proj)
+        if trunk != "convnext":
+            model.visual.head = nn.Sequential()
+        if isinstance(trunk, str):
+            name, narrow = NARROW[trunk]
+            trunk = timm.create_model(name, num_classes=0 if trunk == "convnext" else embed_dim, **narrow)
+        model.visual.trunk = trunk
+        for name, parameter in model.visual.named_parameters():
+            if parameter.ndim == 1 or name.endswith("gamma"):
+                nn.init.normal_(parameter, mean=float(not name.endswith("bias")), std=0.2)
+            elif "bias" not in name:
+                nn.init.kaiming_normal_(parameter, nonlinearity="linear")
+        return settle(model)
+
+    return build
+
+
+@torch.no_grad()
+def settle(model: CLIP) -> CLIP:
+    """Statistics of blotches, as a training would leave them: at their start an image fades from block to block."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    blotches = nn.functional.interpolate(torch.randn(8, 3, 5, 5), size=model.visual.image_size, mode="bilinear")
+    model.train().visual(blotches)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
 
 
 class WordTokenizer:

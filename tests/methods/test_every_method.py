@@ -38,7 +38,7 @@ CHEAP: dict[str, dict[str, Any]] = {
 COMPARES_PROMPTS = {"clip_surgery"}
 TEXTS = ["a dog on the left", "boat", "two red cars next to a tree"]
 
-LACKS = {"transformer": ("features",), "resnet": ("blocks",)}
+LACKS = {"transformer": ("features",), "resnet": ("blocks",), "convnext": ("tokens", "query", "blocks")}
 # Every method with every kind of image tower that it explains.
 PAIRS = [
     (name, kind)
@@ -55,12 +55,14 @@ def built(name: str) -> Method:
 
 
 @pytest.fixture
-def build(build_clip: Any, build_resnet: Any) -> Any:
+def build(build_clip: Any, build_resnet: Any, build_stages: Any) -> Any:
     """A model of a kind, small enough for 200 calls, for images of `size` where it is a transformer."""
 
     def made(kind: str, size: tuple[int, int], patch: int = 16) -> Any:
         if kind == "resnet":
             return build_resnet(image_size=64, width=4)
+        if kind == "convnext":
+            return build_stages()
         return build_clip(image_size=size, patch_size=patch, layers=3 if patch == 16 else 2)
 
     return made
@@ -143,7 +145,7 @@ def test_prompts_permute_and_may_belong_to_images(name, kind, build, texts) -> N
 def prepared(build: Any, kind: str) -> tuple[Any, Tensor]:
     """A float64 tower of a kind, and three images of other than square shape for it."""
     tower, _ = load(build(kind, (32, 48)).double()).towers()
-    return tower, noise(3, 3, *((64, 96) if kind == "resnet" else (32, 48)))
+    return tower, noise(3, 3, *((32, 48) if kind == "transformer" else (64, 96)))
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -199,7 +201,7 @@ def test_the_model_stays_as_it_was(name, kind, build, tokenizer) -> None:
     before = {key: value.clone() for key, value in module.state_dict().items()}
     flags = [parameter.requires_grad for parameter in module.parameters()]
     explainer = Explainer(load(module, tokenizer=tokenizer), name, **CHEAP.get(name, {}))
-    x = noise(2, 3, 64, 64).float() if kind == "resnet" else noise(2, 3, 32, 32).float()
+    x = noise(2, 3, 32, 32).float() if kind == "transformer" else noise(2, 3, 64, 64).float()
     random = torch.get_rng_state()
     if name in TEXT:
         explainer.words(x[0], TEXTS)
@@ -223,7 +225,7 @@ def test_inputs_may_be_made_under_inference_mode(name, kind, build, tokenizer) -
     def call(x: Tensor) -> Tensor:
         return explainer(x, TEXTS[:2]).maps if (name, kind) in PAIRS else explainer.words(x[0], TEXTS[0]).values
 
-    x = noise(1, 3, 64, 64).float() if kind == "resnet" else noise(1, 3, 32, 32).float()
+    x = noise(1, 3, 32, 32).float() if kind == "transformer" else noise(1, 3, 64, 64).float()
     with torch.inference_mode():
         made = x.clone()
         inside = call(made)
@@ -234,7 +236,7 @@ def test_inputs_may_be_made_under_inference_mode(name, kind, build, tokenizer) -
 @pytest.mark.parametrize(("name", "kind"), BOTH)
 def test_memory_does_not_grow_over_200_calls(name, kind, build, tokenizer) -> None:
     explainer = Explainer(load(build(kind, (16, 16), 8), tokenizer=tokenizer), name, **CHEAP.get(name, {}))
-    x = noise(1, 3, 64, 64).float() if kind == "resnet" else noise(1, 3, 16, 16).float()
+    x = noise(1, 3, 16, 16).float() if kind == "transformer" else noise(1, 3, 64, 64).float()
 
     def call() -> None:
         if (name, kind) in PAIRS:
@@ -245,7 +247,7 @@ def test_memory_does_not_grow_over_200_calls(name, kind, build, tokenizer) -> No
     for _ in range(20):
         call()
     tensors, pages = _tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # A ResNet's calls take several times as long.
+    # Convolutions take several times as long.
     for _ in range(200 if kind == "transformer" else 40):
         call()
     assert _tensors() <= tensors

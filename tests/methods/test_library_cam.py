@@ -1,4 +1,4 @@
-"""CAMs of ResNet CLIPs against pytorch-grad-cam as released, hooked to open_clip's own modules."""
+"""CAMs of convolutional CLIPs against pytorch-grad-cam as released, hooked to open_clip's and timm's own modules."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import clipfast
 from clipfast.errors import InputError
 from clipfast.methods import METHODS
+from clipfast.models.conv import conv_tower
 from clipfast.models.resnet import resnet_tower
 
 NAMES = {"grad_cam": "GradCAM", "grad_cam++": "GradCAMPlusPlus", "xgrad_cam": "XGradCAM", "layer_cam": "LayerCAM"}
@@ -74,6 +75,16 @@ def test_raw_maps_are_the_librarys(name, layer, build_resnet, texts):
     for i, maps in enumerate(explained.maps(own)):
         torch.testing.assert_close(maps, expected[i, i : i + 2].flatten(1), rtol=1e-9, atol=1e-14)
     assert ((expected.amax((2, 3)) - expected.amin((2, 3))) > 0.1 * expected.amax((2, 3))).any()
+
+
+@pytest.mark.parametrize(("layer", "module"), [(-1, "trunk.stages.3"), ("stages.2", "trunk.stages.2")])
+@pytest.mark.parametrize("name", NAMES)
+def test_raw_maps_of_a_convnext_are_the_librarys(name, layer, module, build_stages, texts):
+    model, x = build_stages().double(), blotches(2)
+    expected = released(NAMES[name], model, module, x, texts)
+    method, tower = METHODS[name](layer=layer), conv_tower(model)
+    assert method.grid(tower, (96, 96)) == expected.shape[2:] and (expected > 0).any()
+    torch.testing.assert_close(method.image(tower, x).maps(texts), expected.flatten(2), rtol=1e-9, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", NAMES)
