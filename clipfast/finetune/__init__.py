@@ -1,1 +1,7 @@
 """Fine-tuning of image towers, on a copy unless told otherwise: adversarial (AFT, FARE), or guided by explanations."""
+
+from clipfast.finetune.checkpoint import Finetuned
+from clipfast.finetune.recipe import aft, fare
+from clipfast.finetune.train import Settings, Trainer
+
+__all__ = ["Finetuned", "Settings", "Trainer", "aft", "fare"]

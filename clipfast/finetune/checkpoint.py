@@ -64,19 +64,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def agree(folder: Path, config: Mapping[str, Any], first: bool) -> None:
-    """See that a folder has no state of another run; `first`: of several processes the one that writes.
+    """See that a folder has no work of another run; `first`: of several processes the one that writes.
 
     Raises InputError for a run with other settings, naming the difference, or with unknown ones.
     """
     path = folder / CONFIG
-    if not (folder / STATE).exists():
+    if not ((folder / STATE).exists() or (folder / SUMMARY).exists()):
         if first:
             write_file(path, json.dumps(config, indent=2, ensure_ascii=False).encode(), durable=True)
         return
     try:
         before = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} holds a {STATE} and no {CONFIG} that can be read: take another folder.") from error
+        raise InputError(f"{folder} holds a run and no {CONFIG} that can be read: take another folder.") from error
     changed = differences(before, json.loads(json.dumps(config)))
     if changed:
         raise InputError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast.errors import InputError, ModelError, OutputError
-from clipfast.finetune.checkpoint import agree, load_state, replacing, save_model, save_state
+from clipfast.finetune.checkpoint import agree, finish, load_state, replacing, save_model, save_state
 from clipfast.finetune.log import Log, read_log
 from clipfast.models.model import Model
 
@@ -57,6 +57,11 @@ def test_a_folder_is_of_one_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"settings\.lr was 0\.001 and is 0\.0001 now\): repeat its settings"):
         agree(tmp_path, other, first=True)
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["lr"] == 1e-3
+    # A complete run whose state was thrown away is still that run.
+    finish(tmp_path, {})
+    (tmp_path / "state.pt").unlink()
+    with pytest.raises(InputError, match=r"settings\.lr was"):
+        agree(tmp_path, other, first=True)
     for damage in ("{", None):
         (tmp_path / "config.json").unlink() if damage is None else (tmp_path / "config.json").write_text(damage)
         with pytest.raises(InputError, match=r"no config\.json that can be read"):

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clipfast
+import clipfast.finetune
 from clipfast.data.decode import decode
 from clipfast.errors import InputError, ModelError
 from clipfast.finetune.adversary import perturb
@@ -25,7 +26,7 @@ from clipfast.finetune.data import Loader, Place, open_images
 from clipfast.finetune.log import read_log
 from clipfast.finetune.objective import Batch, Objective, Step, copied
 from clipfast.finetune.parallel import blocks
-from clipfast.finetune.recipe import Adversarial, aft_objective, fare_objective
+from clipfast.finetune.recipe import Adversarial, aft_objective, betas_of, fare_objective
 from clipfast.finetune.train import Settings, Trainer, _mixed, rate
 from clipfast.models.model import Model
 
@@ -337,6 +338,17 @@ def test_captions_are_the_targets_of_the_supervised_form(photos: Path, tmp_path:
     assert scores[1] > scores[0] + 0.2
 
 
+def test_a_tower_of_timm(photos: Path, tmp_path: Path, build_stages: Any) -> None:
+    start = Model(build_stages(), tokens, name="stages")
+    for checkpointing in (False, True):
+        out = tmp_path / f"{checkpointing}"
+        done = finetune(photos, out, model=start, steps=2, batch=2, checkpointing=checkpointing)
+        assert done.summary["skipped"] == 0
+        assert done.model().module.visual.state_dict().keys() == start.module.visual.state_dict().keys()
+    assert not equal(weights(out), dict(start.module.visual.state_dict()))
+    assert len(blocks(start.module.visual)) > 1
+
+
 def test_half_precision_weights_train_in_float32(photos: Path, tmp_path: Path) -> None:
     start = tiny()
     half = Model(copy.deepcopy(start.module).bfloat16(), tokens, name="half")
@@ -374,8 +386,17 @@ def test_recipes_differ_as_the_page_says() -> None:
     assert (paper.samples, released.samples, fare.samples) == (1, 0, 0)
     assert (paper.normalize, released.normalize, fare.normalize) == (False, True, False)
     assert (paper.batch_norm, released.batch_norm, fare.batch_norm) == ("frozen", "batch", "batch")
+    assert (betas_of("paper"), betas_of("released")) == ((0.9, 0.95), (0.9, 0.999))
     assert isinstance(fare, Adversarial) and (fare.adversary.eps, fare.adversary.sigma) == (2 / 255, 0)
     with pytest.raises(InputError, match="recipe 'papper': did you mean 'paper'"):
         aft_objective("papper")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="batch_norm"):
         aft_objective(batch_norm="evaluation")  # type: ignore[arg-type]
+
+
+def test_from_python(tmp_path: Path) -> None:
+    settings = Settings(steps=1, batch=2)
+    for train, given in ((clipfast.finetune.aft, {"recipe": "released"}), (clipfast.finetune.fare, {"eps": 2 / 255})):
+        tuned = train("scenes:5:4", tmp_path / train.__name__, settings=settings, steps=1, **given)
+        assert tuned.summary["complete"] and tuned.summary["images"] == 2
+        assert clipfast.load(tuned.path).spec == tuned.model().spec
