@@ -65,7 +65,7 @@ def few_blocks() -> Iterator[None]:
 
     @functools.wraps(own)
     def create(name: str, **kwargs: Any) -> nn.Module:
-        for shallow in ({"depth": BLOCKS}, {"depths": (1, 1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {}):
+        for shallow in ({"depth": BLOCKS}, {"depths": (1, 1, 1, 1)}, {"layers": (1,) * 5}, {"layers": (1,) * 4}, {}):
             try:
                 return own(name, **shallow, **kwargs)
             except (TypeError, AssertionError, IndexError, RuntimeError):
