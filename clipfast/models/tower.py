@@ -186,7 +186,7 @@ class Tower:
         """Unit embeddings (B, E) of what leaves the trunk, h (B, N, D)."""
         h = h.to(self.result_dtype)
         if isinstance(self.blocks[-1], Pool):
-            return self.finish(h.to(self.dtype), pooled, self.depth - 1)
+            return self.finish(h.to(self.blocks[-1].dtype), pooled, self.depth - 1)
         if pooled.ndim == 2:
             return F.normalize(self._mean(h, pooled), dim=-1)
         return F.normalize(self.tail.project(h[torch.arange(len(h), device=h.device), pooled]), dim=-1)
@@ -203,7 +203,7 @@ class Tower:
         pool = self.blocks[-1]
         if not isinstance(pool, Pool):
             return self.tail.project(h.to(self.result_dtype))
-        _, v = pool.key_value(pool.norm1(h.to(self.dtype)))
+        _, v = pool.key_value(pool.norm1(h.to(pool.dtype)))
         return self.tail.embed(None, v.to(self.result_dtype))
 
     def site(
