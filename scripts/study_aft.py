@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +23,9 @@ from matplotlib.figure import Figure
 from clipfast.data.datasets.rendered import RenderedScenes
 from clipfast.errors import InputError
 from clipfast.finetune.recipe import aft_objective, betas_of, fare_objective
-from clipfast.finetune.train import Settings, Trainer
+from clipfast.finetune.settings import Settings
+from clipfast.finetune.train import Trainer
+from clipfast.metrics.base import Columns, Protocol, compare
 from clipfast.metrics.evaluate import evaluate
 from clipfast.metrics.evaluation import Evaluation
 from clipfast.metrics.robust import RobustAccuracy
@@ -49,6 +52,11 @@ ACCURACIES = {
     "clean": ("zero-shot accuracy", "falls"),
     **{f"robust {255 * radius:g}": (f"accuracy under attack, {255 * radius:g}/255", "rises") for radius in RADII},
 }
+_ATTACK = RobustAccuracy(RADII, steps=ATTACK_STEPS, targets=0, batch=20, templates="bare")
+_ACCURACY: dict[str, tuple[Protocol, str]] = {
+    "clean": (ZeroShot("bare"), "top-1"),
+    **{f"robust {255 * radius:g}": (_ATTACK, f"robust {255 * radius:g}/255") for radius in RADII},
+}
 KINDS = {"aft": "AFT", "fare": "FARE"}
 
 
@@ -66,14 +74,15 @@ def main() -> None:
         given.images, given.eps, given.test = 2 * BATCH, [4], 4
 
     base = load("demo", device="cpu")
-    found = {"base": measured(base, given.runs / f"base-{given.test}", given.test)}
+    before = given.runs / f"base-{given.test}"
+    found = {"base": measured(base, before, given.test)}
     for seed in range(given.seeds):
         for eps in sorted(given.eps, reverse=True):
             for kind in KINDS:
                 folder = given.runs / f"{kind}-{eps:g}-{seed}-{given.images}"
                 tuned = trained(kind, eps, seed, given.images, base, folder)
                 name = f"{kind} {eps:g} {seed}"
-                found[name] = measured(tuned, folder / f"measured-{given.test}", given.test, base=given.runs)
+                found[name] = measured(tuned, folder / f"measured-{given.test}", given.test, before)
                 print(name, json.dumps(found[name]["figures"]), flush=True)
     content = {
         "settings": {
@@ -113,16 +122,13 @@ def trained(kind: str, eps: float, seed: int, images: int, base: Model, folder: 
 
 def measured(model: Model, folder: Path, test: int, base: Path | None = None) -> dict[str, Any]:
     """Figures by "METHOD MEASURE", and for a tuned model the paired differences to the base; kept in the folder."""
-    path = folder / "figures.json"
-    if path.exists():
-        return dict(json.loads(path.read_text()))
-    scenes, single = RenderedScenes(7, test), RenderedScenes(8, 4 * test, objects=1)
+    scenes = RenderedScenes(7, test)
     protocols = [protocol for protocol, *_ in MAPS.values()]
     evaluation = evaluate(model, scenes, list(METHODS), protocols, prompt="{}", templates="bare", out=folder)
     evaluation.save(folder)
+    before = None if base is None else Evaluation.load(base)
     figures: dict[str, float] = {}
     differences: dict[str, list[float]] = {}
-    before = None if base is None else Evaluation.load(base / f"base-{test}")
     for method in METHODS:
         for measure, (protocol, figure, _) in MAPS.items():
             label = next(name for name in evaluation.protocols if name.split(":")[0] == protocol.split(":")[0])
@@ -131,19 +137,32 @@ def measured(model: Model, folder: Path, test: int, base: Path | None = None) ->
             if before is not None:
                 one = next(d for d in evaluation.differences(method, before, method, label) if d.name == figure)
                 differences[f"{method} {measure}"] = [one.value, one.low, one.high]
-    clean = ZeroShot("bare").measure(model, single)["top-1"]
-    figures["clean"] = float(clean.nanmean())
-    attack = RobustAccuracy(RADII, steps=ATTACK_STEPS, targets=0, count=test, batch=20, templates="bare")
-    try:
-        columns = attack.measure(model, single)
-    except InputError as error:
-        print(f"left out: {error}", flush=True)
-    else:
-        own = attack.summary(columns)
-        figures |= {f"robust {255 * radius:g}": own[f"robust {255 * radius:g}/255"] for radius in RADII}
-    found = {"figures": figures, "differences": differences}
-    write_file(path, json.dumps(found).encode())
-    return found
+    for key, columns in accuracies(model, folder, test).items():
+        protocol, figure = _ACCURACY[key]
+        figures[key] = protocol.summary(columns)[figure]
+        if base is not None:
+            known = accuracies(None, base, test)[key]
+            one = next(d for d in compare(protocol, columns, known) if d.name == figure)
+            differences[key] = [one.value, one.low, one.high]
+    return {"figures": figures, "differences": differences}
+
+
+def accuracies(model: Model | None, folder: Path, test: int) -> dict[str, Columns]:
+    """Which scenes of one thing are classified rightly, by each key of ACCURACIES; kept in the folder."""
+    path = folder / "accuracies.json"
+    if not path.exists():
+        assert model is not None
+        single = RenderedScenes(8, 4 * test, objects=1)
+        found = {"clean": ZeroShot("bare").measure(model, single)}
+        try:
+            attacked = replace(_ATTACK, count=test).measure(model, single)
+            found |= dict.fromkeys(list(ACCURACIES)[1:], attacked)
+        except InputError as error:
+            print(f"left out: {error}", flush=True)
+        content = {key: {name: column.tolist() for name, column in columns.items()} for key, columns in found.items()}
+        write_file(path, json.dumps(content).encode())
+    read = json.loads(path.read_text())
+    return {key: {n: torch.tensor(c, dtype=torch.float64) for n, c in columns.items()} for key, columns in read.items()}
 
 
 def averaged(content: Mapping[str, Any], kind: str, key: str) -> list[float]:
@@ -276,28 +295,30 @@ def _maps_in_words(content: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _verdict(signs: list[int]) -> str:
+def _verdict(signs: list[int], expected: str = "rises") -> str:
     up, down = signs.count(1), signs.count(-1)
-    if up and not down:
-        return f"rises, as in the paper (beyond chance in {up} of {len(signs)})"
-    if down and not up:
-        return f"falls, unlike the paper (beyond chance in {down} of {len(signs)})"
-    return "both rises and falls" if up else "cannot be told from no change"
+    if up and down:
+        return "rises and falls"
+    if not up and not down:
+        return "cannot be told from no change"
+    seen = "rises" if up else "falls"
+    said = "as in the paper" if seen == expected else "unlike in the paper"
+    return f"{seen}, {said} (beyond chance in {up + down} of {len(signs)})"
 
 
 def _rest_in_words(content: Mapping[str, Any], known: list[str]) -> list[str]:
-    """What happens to accuracies as eps grows."""
+    """What happens to accuracies."""
+    settings, found = content["settings"], content["found"]
     lines = []
     for key in known:
         title, expected = ACCURACIES[key]
         parts = []
         for kind, name in KINDS.items():
             before, *after = averaged(content, kind, key)
-            moved = after[-1] - before
-            seen = "stays" if abs(moved) < 0.01 else "rises" if moved > 0 else "falls"
-            as_said = "as in the paper" if seen == expected else f"where the paper's {expected}"
+            runs = [f"{kind} {eps:g} {seed}" for eps in settings["eps"] for seed in range(settings["seeds"])]
             values = ", ".join(f"{100 * value:.1f}" for value in after)
-            parts.append(f"{name} {seen} ({as_said}), {100 * before:.1f} to {values} %")
+            seen = _verdict([_sign(found[run], key) for run in runs], expected)
+            parts.append(f"{name} {seen}, {100 * before:.1f} to {values} %")
         lines.append(f"**{title[0].upper()}{title[1:]}**: {'; '.join(parts)}.")
     return lines
 

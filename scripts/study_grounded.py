@@ -27,7 +27,8 @@ from torch import Tensor
 from clipfast.data.datasets.rendered import RenderedScenes
 from clipfast.engine.base import Item
 from clipfast.finetune.grounded import Grounded
-from clipfast.finetune.train import Settings, Trainer
+from clipfast.finetune.settings import Settings
+from clipfast.finetune.train import Trainer
 from clipfast.methods.grad_eclip import GradEclip, SiteExplained
 from clipfast.metrics.evaluate import evaluate
 from clipfast.metrics.regions import Regions

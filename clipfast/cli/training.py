@@ -108,7 +108,8 @@ class Training:
             raise InputError(f"name a source of images, for example: clipfast finetune {objective.name} photos/")
         check_device(self.device)
         from clipfast.finetune.parallel import own_device
-        from clipfast.finetune.train import Settings, Trainer
+        from clipfast.finetune.settings import Settings
+        from clipfast.finetune.train import Trainer
         from clipfast.models.load import load
 
         own = {field.name for field in fields(Settings)}

@@ -2,6 +2,7 @@
 
 from clipfast.finetune.checkpoint import Finetuned
 from clipfast.finetune.recipe import aft, fare
-from clipfast.finetune.train import Settings, Trainer
+from clipfast.finetune.settings import Settings
+from clipfast.finetune.train import Trainer
 
 __all__ = ["Finetuned", "Settings", "Trainer", "aft", "fare"]

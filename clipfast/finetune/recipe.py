@@ -30,7 +30,8 @@ from clipfast.finetune.encode import pixel_encoder
 from clipfast.finetune.log import Follow
 from clipfast.finetune.objective import Batch, Objective, Step, copied, frozen
 from clipfast.finetune.parallel import own_device
-from clipfast.finetune.train import Settings, Trainer
+from clipfast.finetune.settings import Settings
+from clipfast.finetune.train import Trainer
 from clipfast.models.load import load
 from clipfast.models.model import Model
 

@@ -19,7 +19,8 @@ from clipfast.errors import InputError, ModelError, TextError
 from clipfast.finetune.grounded import Grounded, Told, global_loss, local_loss, pooled_regions
 from clipfast.finetune.log import read_log
 from clipfast.finetune.objective import Batch, Step
-from clipfast.finetune.train import Settings, Trainer
+from clipfast.finetune.settings import Settings
+from clipfast.finetune.train import Trainer
 from clipfast.methods.grad_eclip import GradEclip
 from clipfast.models.model import Model
 

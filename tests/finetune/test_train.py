@@ -27,7 +27,8 @@ from clipfast.finetune.log import read_log
 from clipfast.finetune.objective import Batch, Objective, Step, copied
 from clipfast.finetune.parallel import blocks
 from clipfast.finetune.recipe import Adversarial, aft_objective, betas_of, fare_objective
-from clipfast.finetune.train import Settings, Trainer, _mixed, rate
+from clipfast.finetune.settings import Settings, rate
+from clipfast.finetune.train import Trainer, _mixed
 from clipfast.models.model import Model
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -18,7 +18,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from clipfast.finetune.checkpoint import Finetuned
 from clipfast.finetune.log import Follow
 from clipfast.finetune.recipe import aft_objective
-from clipfast.finetune.train import Settings, Trainer
+from clipfast.finetune.settings import Settings
+from clipfast.finetune.train import Trainer
 from clipfast.models.model import Model
 
 
