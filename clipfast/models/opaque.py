@@ -18,13 +18,13 @@ _CLIP_CONTEXT = 77
 
 def opaque_text(module: nn.Module, dtype: torch.dtype | None, why: str) -> OpaqueText:
     """The text side of a module that encodes texts as open_clip's models do (`encode_text`) or as transformers' do
-    (`get_text_features`, which is told what is padding where its configuration says so).
+    (`get_text_features`, which is told what is padding where its configuration says so; but SigLIP's sees it).
 
     Raises ModelError with `why` for a module that does neither, and as `frozen` does.
     """
     config: Any = getattr(module, "config", None)
     text = getattr(config, "text_config", None)
-    padding = getattr(text, "pad_token_id", None)
+    padding = None if "siglip" in getattr(config, "model_type", "") else getattr(text, "pad_token_id", None)
     encoder: Callable[[Tensor], Tensor]
     if hasattr(module, "encode_text"):
         encoder = cast(Any, frozen(module, dtype)).encode_text

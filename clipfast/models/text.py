@@ -199,6 +199,8 @@ class OpaqueText:
         """Raises InputError: its blocks are not known."""
         self._refuse()
 
+    trunk = depth
+
     def _refuse(self) -> NoReturn:
         raise InputError(
             "this model's text encoder gives embeddings alone, so that its words can only be explained by leaving them "
