@@ -78,8 +78,8 @@ def diff(
 ) -> None:
     """Compare two checkpoints on the same pictures: maps side by side, and what their differences come to.
 
-    clipfast diff demo demo:runs/finetune/model/open_clip_model.safetensors
-    clipfast diff ViT-B-16:openai runs/finetune/model -d imagenet_s:/data/imagenet-s --limit 200
+    clipfast diff demo runs/aft/model
+    clipfast diff ViT-B-16:openai runs/aft/model -d imagenet_s:/data/imagenet-s --limit 200
     clipfast diff ViT-B-16:openai tuned.pt --images photos/ -t "a dog" -t "a cat"
     clipfast diff before.pt after.pt -d folder:/data/birds --robust 50 --concepts words.txt
 
@@ -182,7 +182,7 @@ def _print(found: Comparison) -> None:
             )
         )
     for name, count in found.counts.items():
-        console.print(Text.assemble((f"{count:,}", "bold"), f" {name}"))
+        console.print(Text.assemble(f"{name}: ", (f"{count:,}", "bold")))
     console.print(
         f"\n{found.pairs:,} pairs of {found.samples:,} pictures of {found.data}, {found.method}, seed {found.seed}, "
         f"{found.seconds:.0f} s; paired bootstrap over pictures; bold where the interval leaves out 0",

@@ -69,9 +69,11 @@ def probe(
     """
     options = parse_parameters(method, parameters or [])
     check_device(device)
+    import torch
+
     from clipfast.api import Explainer
     from clipfast.data.datasets import DATASETS, open_dataset
-    from clipfast.metrics.probe import encode, fit_held_out, hold_out, zero_shot_head
+    from clipfast.metrics.probe import encode, fit_probe, hold_out, zero_shot_head
     from clipfast.metrics.zero_shot import default_templates
     from clipfast.models.load import load
     from clipfast.view.report import write_report
@@ -86,8 +88,9 @@ def probe(
     with staging(out, "probe") as stage:
         with progress("encoding", len(dataset)) as advance:
             encoded = encode(loaded, dataset, precision=precision, on_error="skip", progress=advance)  # type: ignore[arg-type]
-        _, kept = hold_out(encoded.labels, held, seed)
-        head = fit_held_out(encoded, held=held, seed=seed)
+        fitted, kept = hold_out(encoded.labels, held, seed)
+        # Of the pictures that are fitted some choose the penalty, so that none of the others had a say in it.
+        head = fit_probe(encoded.select(fitted), seed=seed)
         unseen = encoded.select(kept)
         heads = {"linear probe": head}
         try:
@@ -97,8 +100,9 @@ def probe(
         accuracy = {name: _accuracy(one, unseen, seed) for name, one in heads.items()}
         status("maps ...")
         started = time.perf_counter()
-        numbers = unseen.numbers[:show].tolist()
-        probabilities = head.probabilities(unseen.z[:show])
+        # Evenly over what was held out, which often lies class by class.
+        drawn = unseen.select(torch.linspace(0, len(unseen) - 1, min(show, len(unseen))).long())
+        numbers, probabilities = drawn.numbers.tolist(), head.probabilities(drawn.z)
         items = [_item(explainer, dataset[n], head, p, top) for n, p in zip(numbers, probabilities, strict=True)]
         document = {
             "model": loaded.name,

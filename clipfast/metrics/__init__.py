@@ -22,6 +22,7 @@ from clipfast.metrics.probe import LinearHead, fit_probe, zero_shot_head
 from clipfast.metrics.regions import Regions
 from clipfast.metrics.registry import PROTOCOLS, build_protocol
 from clipfast.metrics.roar import Roar
+from clipfast.metrics.robust import RobustAccuracy
 from clipfast.metrics.sanity import ClassSensitivity, SanityCascade, SanityWordCascade, spearman
 from clipfast.metrics.stability import StabilitySsim, map_ssim, ssim
 from clipfast.metrics.typographic import PastedWord, Typographic, paste_word, typographic
@@ -55,6 +56,7 @@ __all__ = [
     "PrecisionAt",
     "Regions",
     "Roar",
+    "RobustAccuracy",
     "SanityCascade",
     "SanityWordCascade",
     "SegmentationChefer",

@@ -33,7 +33,7 @@ from clipfast.metrics.dissection import ClipDissect
 from clipfast.metrics.evaluation import Evaluation
 from clipfast.metrics.held import Asked, Held
 from clipfast.metrics.map_pairs import Keeping, cards, map_likeness, only_table
-from clipfast.metrics.probe import Encoded, LinearHead, encode, fit_held_out, hold_out, zero_shot_head
+from clipfast.metrics.probe import Encoded, LinearHead, encode, fit_probe, hold_out, zero_shot_head
 from clipfast.metrics.registry import entry_of, offered, parse
 from clipfast.metrics.robust import RobustAccuracy
 from clipfast.metrics.samples import batches, only_label
@@ -259,8 +259,8 @@ class Differ:
             self._enter(found, zero_shot.name, zero_shot, before, after)
         moved = after["top-1"] - before["top-1"]
         found.counts |= {
-            "pictures became right": int((moved > 0).sum()),
-            "pictures became wrong": int((moved < 0).sum()),
+            "pictures that became right": int((moved > 0).sum()),
+            "pictures that became wrong": int((moved < 0).sum()),
         }
         if len(classes) < 2 or not any(only_label(sample) is not None for sample in self._readable()):
             found.notes.append("class_entropy is of pictures of exactly one class, and there is none.")
@@ -281,8 +281,8 @@ class Differ:
 
         def fit(model: Model, advance: Callable[[int], None]) -> tuple[LinearHead, Encoded]:
             found = encode(model, self.held, precision=self.precision, on_error="skip", progress=advance)
-            _, kept = hold_out(found.labels, _HELD_OUT, self.seed)
-            return fit_held_out(found, held=_HELD_OUT, seed=self.seed), found.select(kept)
+            fitted, kept = hold_out(found.labels, _HELD_OUT, self.seed)
+            return fit_probe(found.select(fitted), seed=self.seed), found.select(kept)
 
         return self._each("linear probe", len(self.held), fit)
 
@@ -319,7 +319,7 @@ class Differ:
         found.histograms.append(Histogram.of("Dissection", about, after["score"], before["score"]))
         if len(before["concept"]) == len(after["concept"]):
             other = int((before["concept"] != after["concept"]).sum())
-            found.counts[f"of {len(before['concept']):,} neurons have another concept"] = other
+            found.counts[f"neurons with another concept, of {len(before['concept']):,}"] = other
 
     def _compare_robustness(self, found: Comparison, protocol: RobustAccuracy) -> None:
         before, after = self._each(

@@ -304,13 +304,14 @@ def _parameters(rows: Sequence[tuple[str, str, str]]) -> str:
 def signed(value: float) -> str:
     """A difference as tables show it.
 
-    >>> signed(0.01234), signed(-1.0), signed(0.0), signed(float("nan"))
-    ('+0.012', '−1.000', '0', '–')
+    >>> signed(0.01234), signed(-1.0), signed(-0.0001), signed(0.0), signed(float("nan"))
+    ('+0.012', '−1.000', '0.000', '0', '–')
     """
     if not math.isfinite(value):
         return "–"
     shown = number(abs(value))
-    return "0" if value == 0 else f"{'+' if value > 0 else '−'}{shown}"
+    sign = ("+" if value > 0 else "−") if float(shown) else ""
+    return "0" if value == 0 else sign + shown
 
 
 def probability(p: float) -> str:

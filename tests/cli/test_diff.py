@@ -56,7 +56,7 @@ def test_the_table_and_the_page_hold_the_same(run: Any, tuned: str) -> None:
         assert f"{row['before']['value']:.3f}" in result.stdout and f"{row['before']['value']:.3f}" in page
     for name, one in document["between"].items():
         assert f"{name}: {one['value']:.3f}" in result.stdout
-    assert "of 768 neurons have another concept" in result.stdout
+    assert "neurons with another concept, of 768: " in result.stdout
     assert len({one["picture"] for one in document["shown"]}) == 2
     assert document["protocols"]["dissection/clip"]["parameters"]["top"] == 1
     # Another run has a folder of its own.

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from clipfast import Explainer
 from clipfast.data.datasets import open_dataset
-from clipfast.metrics.probe import encode, fit_held_out, hold_out
+from clipfast.metrics.probe import encode, fit_probe, hold_out
 from clipfast.models.load import load
 
 
@@ -36,8 +36,8 @@ def test_a_folder_is_enough(run: Any, folder: Path) -> None:
     document = json.loads(Path("runs/probe/probe.json").read_text())
     dataset, model = open_dataset("folder:data"), load("demo")
     encoded = encode(model, dataset, on_error="skip")
-    head = fit_held_out(encoded)
-    _, kept = hold_out(encoded.labels, 0.2, 0)
+    fitted, kept = hold_out(encoded.labels, 0.2, 0)
+    head = fit_probe(encoded.select(fitted))
     assert document["classes"] == ["cat", "dog", "zeppelin"] and document["fitted"] == 24
     found = document["accuracy"]["linear probe"]
     assert found["value"] == head.accuracy(encoded.select(kept)) == 1.0 and found["count"] == 6

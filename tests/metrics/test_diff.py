@@ -30,7 +30,7 @@ from clipfast.metrics.diff import Differ, diff
 from clipfast.metrics.evaluate import evaluate
 from clipfast.metrics.held import Asked, Held
 from clipfast.metrics.map_pairs import drawn, map_likeness
-from clipfast.metrics.probe import encode, fit_held_out, hold_out
+from clipfast.metrics.probe import encode, fit_probe, hold_out
 from clipfast.metrics.robust import RobustAccuracy
 from clipfast.metrics.stability import map_ssim
 from clipfast.metrics.zero_shot import ZeroShot
@@ -281,8 +281,8 @@ def test_linear_probes_are_measured_on_what_they_did_not_see(noisy: Path) -> Non
     data.classes = ["dog", "cat", "car"]
     found = diff("demo", f"demo:{noisy}", data, protocols=["gini"], probe=True, seed=3)
     encoded = encode(clipfast.load("demo"), data)
-    _, kept = hold_out(encoded.labels, 0.2, 3)
-    head = fit_held_out(encoded, held=0.2, seed=3)
+    fitted, kept = hold_out(encoded.labels, 0.2, 3)
+    head = fit_probe(encoded.select(fitted), seed=3)
     accuracy = found.change("linear probe", "accuracy")
     assert accuracy.before.count == len(kept) == 3
     assert accuracy.before.value == pytest.approx(head.accuracy(encoded.select(kept)))

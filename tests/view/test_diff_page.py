@@ -26,7 +26,7 @@ PAGE = Page(
         Row("q", "same", "higher", "q", (0.5, 0.01), (0.5, 0.01), 40, 0.0, -0.1, 0.1, 1.0),
         Row("r", "apart", "higher", "r", (0.5, 0.01), (0.4, 0.01), 7),
     ],
-    tiles=[Tile("drift", 0.875, 0.8, 0.9, "mean of 40"), Tile("pictures became right", 1234)],
+    tiles=[Tile("drift", 0.875, 0.8, 0.9, "mean of 40"), Tile("pictures that became right", 1234)],
     histograms=[
         Histogram.of("both", "about", torch.tensor([0.0, 0.5, 1.0, math.nan]), torch.tensor([0.0, 0.1])),
         Histogram.of("alone", "about", torch.ones(3)),
@@ -74,7 +74,7 @@ def test_a_difference_is_good_or_bad_by_its_figure(page: str) -> None:
 
 def test_tiles_have_intervals_or_are_counts(page: str) -> None:
     assert "<b>0.875</b><span>drift</span><small>0.800 to 0.900, mean of 40</small>" in page
-    assert "<b>1,234</b><span>pictures became right</span></div>" in page
+    assert "<b>1,234</b><span>pictures that became right</span></div>" in page
 
 
 def test_histograms() -> None:
