@@ -171,8 +171,9 @@ def page(content: Mapping[str, Any]) -> str:
     return f"""# Grounded fine-tuning of the demo model
 
 Percent, means and standard deviations over {seeds} trainings: {settings["steps"]} steps of {settings["batch"]} rendered
-scenes with captions, AdamW at {settings["lr"]:g}, other scenes for each seed. Measured on {settings["test"]} scenes
-that no training has seen. Chance is 1.6 for each of the first three columns.
+scenes with captions, AdamW at {settings["lr"]:g} for all kinds and not searched, other scenes for each seed. Measured
+on the same {settings["test"]} scenes each time, which no training has seen; deviations are of the trainings, not of the
+test. Chance is 1.6 in the first three columns.
 
 {table}
 
