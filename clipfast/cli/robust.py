@@ -65,7 +65,7 @@ def robust(
     protocol = RobustAccuracy(distances, steps, targets, count, batch, default_templates(loaded, dataset), seed)
     options: dict[str, Any] = {"precision": precision, "on_error": "skip"}
     with staging(out, "robust") as stage:
-        with progress("attacking", min(count, len(dataset))) as advance:
+        with progress("attacks", min(count, len(dataset)) * protocol.runs) as advance:
             found = protocol.attack(loaded, dataset, progress=advance, **options)
         document = {
             "model": loaded.name,

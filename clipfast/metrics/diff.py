@@ -324,7 +324,7 @@ class Differ:
     def _compare_robustness(self, found: Comparison, protocol: RobustAccuracy) -> None:
         before, after = self._each(
             "attacks",
-            min(protocol.count, len(self.held)),
+            min(protocol.count, len(self.held)) * protocol.runs,
             lambda model, advance: protocol.attack(
                 model, self.held, precision=self.precision, on_error="skip", progress=advance
             ),

@@ -105,6 +105,11 @@ class RobustAccuracy(Protocol):
     def figures(self) -> Mapping[str, str]:  # type: ignore[override]
         return dict.fromkeys(("clean", *(_title(radius) for radius in self.radii)), "higher")
 
+    @property
+    def runs(self) -> int:
+        """How many attacks on a picture there are, each of `steps`: by cross-entropy and towards each target."""
+        return len(self.radii) * (1 + self.targets)
+
     def check(self, dataset: Dataset) -> None:
         """Raises InputError where torchattacks is missing, or the data set's classes are, or are too few."""
         _attacks()
@@ -138,7 +143,7 @@ class RobustAccuracy(Protocol):
     ) -> Robustness:
         """Attack pictures that have exactly one class; others are left out. The model stays as it is.
 
-        progress: called with the number of pictures done since the last call.
+        progress: called with the number of attacks done since the last call, `runs` for each picture in the end.
 
         Raises InputError as `check` does and for a data set without such pictures; ModelError where no picture has
         finite logits; ImageError for a picture that cannot be read.
@@ -154,11 +159,9 @@ class RobustAccuracy(Protocol):
         for numbers, x, y in self._batches(model, dataset, precision, on_error):
             x, y = x.to(classes.device), y.to(classes.device)
             finite = finite or bool(classifier(x).isfinite().all(1).any())
-            columns, bad = self._attack(attacks, classifier, x, y)
+            columns, bad = self._attack(attacks, classifier, x, y, progress)
             parts.append({"number": torch.tensor(numbers, dtype=torch.float64), **columns})
             invalid += bad
-            if progress is not None:
-                progress(len(numbers))
         if not parts:
             raise InputError(f"{dataset.name} has no picture of exactly one class, and those are what is attacked.")
         if not finite:
@@ -188,7 +191,14 @@ class RobustAccuracy(Protocol):
         if waiting:
             yield _together(waiting)
 
-    def _attack(self, attacks: Sequence[Any], classifier: nn.Module, x: Tensor, y: Tensor) -> tuple[Columns, int]:
+    def _attack(
+        self,
+        attacks: Sequence[Any],
+        classifier: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[Columns, int]:
         """Columns (b,) of pictures x (b, 3, H, W) of the classes y (b,), and how many answers were no such pictures."""
         by_entropy, by_targets = attacks
         right = _right(classifier(x), y)
@@ -196,19 +206,21 @@ class RobustAccuracy(Protocol):
         classes = classifier(x[:1]).shape[1]
         for radius in self.radii:
             own = {"eps": radius, "steps": self.steps, "seed": self.seed}
-            plan = [by_entropy(classifier, loss="ce", **own)]
+            plan = [(by_entropy(classifier, loss="ce", **own), 1)]
             if self.targets:
-                plan.append(by_targets(classifier, n_classes=min(self.targets + 1, classes), **own))
-            for attack in plan:
+                targeted = by_targets(classifier, n_classes=min(self.targets + 1, classes), **own)
+                plan.append((targeted, self.targets))
+            for attack, runs in plan:
                 rows = right.nonzero()[:, 0]
-                if not len(rows):
-                    break
-                with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-                    found = attack(x[rows], y[rows])
-                # Believed is what is seen here, not what the attack says of itself.
-                inside = _inside(found, x[rows], radius)
-                right[rows] = ~inside | _right(classifier(found), y[rows])
-                invalid += int((~inside).sum())
+                if len(rows):
+                    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+                        found = attack(x[rows], y[rows])
+                    # Believed is what is seen here, not what the attack says of itself.
+                    inside = _inside(found, x[rows], radius)
+                    right[rows] = ~inside | _right(classifier(found), y[rows])
+                    invalid += int((~inside).sum())
+                if progress is not None:
+                    progress(runs * len(x))
             columns[_title(radius)] = right.double().cpu()
         return columns, invalid
 

@@ -178,7 +178,9 @@ def test_on_the_demo_model(demo: Model) -> None:
     seen: list[int] = []
     found = FEW.attack(demo, data, progress=seen.append)
     numbers, clean, near, far = found.columns.values()
-    assert sum(seen) == len(numbers) == 6 and found.seconds > 0 and found.invalid == 0
+    # Two batches, two radii, two attacks at each.
+    assert len(seen) == 8 and sum(seen) == 6 * FEW.runs == 36
+    assert len(numbers) == 6 and found.seconds > 0 and found.invalid == 0
     assert len(set(numbers.tolist())) == 6
     assert all(len(data[int(n)].targets) == 1 for n in numbers)
     assert bool((near <= clean).all()) and bool((far <= near).all())
