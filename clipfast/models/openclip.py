@@ -24,8 +24,8 @@ from clipfast.models.text import Embedding, TextTower
 from clipfast.models.tower import PatchTower
 
 SUPPORTED = (
-    "clipfast reads open_clip's VisionTransformer (ViT with a class token: OpenAI, OpenCLIP, MetaCLIP, DFN), "
-    "its ModifiedResNet, and its text transformers that pool one token"
+    "clipfast reads open_clip's VisionTransformer (OpenAI, OpenCLIP, MetaCLIP, DFN, CLIPA, CoCa), its ModifiedResNet, "
+    "timm's VisionTransformer and Eva (SigLIP, EVA, PE, ViTamin, MobileCLIP-B), and text transformers that pool one token"
 )
 
 
