@@ -25,7 +25,7 @@ from clipfast.models.tower import PatchTower
 
 SUPPORTED = (
     "clipfast reads open_clip's VisionTransformer (OpenAI, OpenCLIP, MetaCLIP, DFN, CLIPA, CoCa), its ModifiedResNet, "
-    "timm's VisionTransformer and Eva (SigLIP, EVA, PE, ViTamin, MobileCLIP-B), and text transformers that pool one token"
+    "timm's VisionTransformer and Eva (SigLIP, EVA, PE, ViTamin, MobileCLIP-B), and texts that pool one token"
 )
 
 
