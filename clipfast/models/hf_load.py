@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import nn
 from clipfast.errors import ModelError
 
 CONFIG = "config.json"
+# What there is of where a tokenizer or an image processor came with the model: without its files transformers makes
+# an empty tokenizer of some kinds.
+_TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
+_IMAGES = ("preprocessor_config.json", "processor_config.json")
 
 
 def on_hub(repository: str, file: str) -> bool:
@@ -41,15 +46,15 @@ def load_transformers(source: str) -> tuple[nn.Module, Any, Any]:
         raise ModelError(f"{source} is a model of transformers: pip install transformers.") from error
     with _quiet():
         module = AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
-        return module, _if_there(AutoTokenizer, source), _if_there(AutoImageProcessor, source)
+        tokenizer = _if_there(AutoTokenizer, source, _TOKENIZER)
+        return module, tokenizer, _if_there(AutoImageProcessor, source, _IMAGES)
 
 
-def _if_there(kind: Any, source: str) -> Any:
-    load: Callable[..., Any] = kind.from_pretrained
-    try:
-        return load(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError):
+def _if_there(kind: Any, source: str, files: Sequence[str]) -> Any:
+    folder = Path(source)
+    if not any((folder / file).is_file() if folder.is_dir() else on_hub(source, file) for file in files):
         return None
+    return kind.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager

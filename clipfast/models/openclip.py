@@ -25,7 +25,8 @@ from clipfast.models.tower import PatchTower
 
 SUPPORTED = (
     "clipfast reads open_clip's VisionTransformer (OpenAI, OpenCLIP, MetaCLIP, DFN, CLIPA, CoCa), its ModifiedResNet, "
-    "timm's VisionTransformer and Eva (SigLIP, EVA, PE, ViTamin, MobileCLIP-B), and texts that pool one token"
+    "timm's VisionTransformer and Eva (SigLIP, EVA, PE, ViTamin, MobileCLIP-B), transformers' CLIP and SigLIP models "
+    "(MetaCLIP 2, AltCLIP, Chinese CLIP, SigLIP 2), and texts that pool one token or the mean of all"
 )
 
 

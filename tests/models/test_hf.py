@@ -329,6 +329,8 @@ def test_from_a_folder_and_a_module(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_tokenizer_or_processor(tmp_path):
+    build("CLIP").save_pretrained(tmp_path / "clip")
+    assert load(tmp_path / "clip", device="cpu").tokenizer is None
     build("Siglip").save_pretrained(tmp_path / "siglip")
     model = load(tmp_path / "siglip", device="cpu")
     assert model.spec.mean == (0.5, 0.5, 0.5) and model.spec.resize == "squash" and model.spec.size == (32, 32)
@@ -349,9 +351,33 @@ def test_folders_that_are_no_models(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text("raise SystemExit('code of a repository was run')")
     with pytest.raises(ModelError, match="cannot be loaded: "):
         load(tmp_path)
+    build("CLIP").save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be loaded: "):
+        load(tmp_path / "clip")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModelError, match="is a model of transformers: pip install transformers"):
         load(tmp_path)
+
+
+def test_what_a_repository_holds(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def download(repository: str, file: str) -> str:
+        if file != "config.json":
+            raise LocalEntryNotFoundError(f"{file} is not there")
+        return file
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert hf_load.on_hub("org/name", "config.json") and not hf_load.on_hub("org/name", "open_clip_config.json")
+
+    def missing(source: str, **_: Any) -> None:
+        raise OSError(f"there is no {source}")
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", missing)
+    with pytest.raises(ModelError, match="org/name cannot be loaded: there is no org/name"):
+        load("hf:org/name")
 
 
 def test_pools_and_class_tokens_are_told_apart():
