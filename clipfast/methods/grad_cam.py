@@ -61,12 +61,15 @@ class WeightedChannels(Explained):
         prompts, embed = texts.shape[-2], self.z.shape[1]
         if out is None:
             out = self.z.new_empty(batch, prompts, n)
-        if prompts > embed and not isinstance(self.mean_gradient, Below):
+        rows = n if isinstance(self.mean_gradient, OfMean) else embed
+        if prompts > rows and not isinstance(self.mean_gradient, Below):
             values, weights = self.prompt_free()
             return combine([weights], [values], texts, self.relu, out)
         return combine([self.inside], [self.features], self.mean_gradient(texts), self.relu, out)
 
     def prompt_free(self) -> tuple[Tensor, Tensor]:
+        if isinstance(self.mean_gradient, OfMean):
+            return self.mean_gradient.towards(self.features), self.inside
         identity = torch.eye(self.z.shape[1], dtype=self.z.dtype, device=self.z.device)
         return self.features @ self.mean_gradient(identity).mT, self.inside
 
@@ -159,11 +162,12 @@ class Below:
 
 @dataclass(frozen=True)
 class OfMean:
-    """The mean gradient at n places of which z (B, E) is made through their `mean` (B, D, 1, 1) alone."""
+    """The mean gradient at n places of which z (B, E) is made through their `mean` (B, D, 1, 1) alone, by `top`."""
 
     z: Tensor
     mean: Tensor
     places: int
+    top: Callable[[Tensor], Tensor]
 
     def __call__(self, texts: Tensor) -> Tensor:
         cotangents = texts.to(self.z.dtype).expand(len(self.z), *texts.shape[-2:]).transpose(0, 1)
@@ -173,6 +177,17 @@ class OfMean:
             for some in cotangents.split(step)
         ]
         return torch.cat(found).flatten(2).transpose(0, 1) / self.places
+
+    def towards(self, rows: Tensor) -> Tensor:
+        """Rows (B, R, D) times the mean gradient of every direction of the embedding at once: (B, R, E).
+
+        It is the embedding's derivative towards each of them, so that there are R rows to compute, not E.
+        """
+        batch, count, _ = rows.shape
+        point = self.mean.detach().repeat_interleave(count, dim=0)
+        _, found = torch.func.jvp(self.top, (point,), (rows.flatten(0, 1)[..., None, None],))
+        towards: Tensor = found.unflatten(0, (batch, count)) / self.places
+        return towards
 
 
 @dataclass(frozen=True)
@@ -271,7 +286,7 @@ class GradCam(Method):
             with torch.enable_grad():
                 mean = features.mean((2, 3), keepdim=True).requires_grad_()
                 graph = tower.from_features(mean)
-            z, mean_gradient = graph.detach(), OfMean(graph, mean, h.shape[1])
+            z, mean_gradient = graph.detach(), OfMean(graph, mean, h.shape[1], tower.from_features)
         else:
             with torch.enable_grad():
                 graph = tower.from_features(h.requires_grad_().mT.unflatten(2, features.shape[2:]), self.layer)

@@ -133,6 +133,10 @@ def test_grad_cam_equals_its_formula(build_stages, kind, layer, module, prompts)
     expected = naive_grad_cam(model, module, x, texts)
     assert (expected > 0).any()
     found = METHODS["grad_cam"](layer=layer).image(conv_tower(model), x)
+    if layer == -1:
+        values, weights = found.prompt_free()
+        product = (weights[..., None] * (values @ texts.T)).mT.relu()
+        torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-13)
     for _ in range(2):
         torch.testing.assert_close(found.maps(texts), expected, rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(found.z, own(model, x), rtol=0, atol=1e-12)
