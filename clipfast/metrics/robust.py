@@ -230,7 +230,7 @@ def _attacks() -> tuple[Any, Any]:
     try:
         from torchattacks import APGD, APGDT
     except ImportError as error:
-        raise InputError("pictures are attacked by torchattacks: pip install 'clipfast[finetune]'.") from error
+        raise InputError("pictures are attacked by torchattacks: pip install 'clipfast[robust]'.") from error
     return APGD, APGDT
 
 

@@ -235,7 +235,7 @@ def test_what_cannot_be_attacked(demo: Model, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ModelError, match="no logit of"):
         FEW.measure(broken, Few(5, 2))
     monkeypatch.setitem(sys.modules, "torchattacks", None)
-    with pytest.raises(InputError, match=r"pip install 'clipfast\[finetune\]'"):
+    with pytest.raises(InputError, match=r"pip install 'clipfast\[robust\]'"):
         FEW.measure(demo, open_dataset("scenes:1:2"))
 
 
