@@ -185,9 +185,8 @@ class OfMean:
         """
         batch, count, _ = rows.shape
         point = self.mean.detach().repeat_interleave(count, dim=0)
-        _, found = torch.func.jvp(self.top, (point,), (rows.flatten(0, 1)[..., None, None],))
-        towards: Tensor = found.unflatten(0, (batch, count)) / self.places
-        return towards
+        found: Tensor = torch.func.jvp(self.top, (point,), (rows.flatten(0, 1)[..., None, None],))[1]
+        return found.unflatten(0, (batch, count)) / self.places
 
 
 @dataclass(frozen=True)
