@@ -328,6 +328,24 @@ def test_from_a_folder_and_a_module(tmp_path, monkeypatch):
     assert load(tmp_path / "org" / "name", device="cpu").module.dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [(50, 70), (40, 17)])
+def test_images_of_any_shape_as_naflex_pads_them(size):
+    """The model's own embedding of padded patches is that of an input without padding."""
+    module = build("Siglip2")
+    images = transformers.Siglip2ImageProcessor(patch_size=PATCH, max_num_patches=16)
+    image = Image.effect_noise(size, 90).convert("RGB")
+    inputs = images(image, return_tensors="pt")
+    with torch.no_grad():
+        found = module.get_image_features(**{name: inputs[name] for name in inputs})
+    expected = F.normalize(found if isinstance(found, Tensor) else found.pooler_output, dim=-1)
+    model = load(module, preprocess=images)
+    out = clipfast.explain(image, torch.eye(expected.shape[1]), model=model)
+    rows, columns = inputs["spatial_shapes"][0].tolist()
+    assert out.maps.shape[2:] == (rows, columns) and rows * columns < 16
+    # torchvision's and PIL's resampling differ by levels of the pixels.
+    assert (out.scores - expected).norm() < 1e-2
+
+
 def test_a_folder_without_tokenizer_or_processor(tmp_path):
     build("CLIP").save_pretrained(tmp_path / "clip")
     assert load(tmp_path / "clip", device="cpu").tokenizer is None
