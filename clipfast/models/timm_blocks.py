@@ -36,10 +36,14 @@ _ACTIVATIONS = {"GELU": GELU, "GELUTanh": GELU_TANH, "QuickGELU": QUICK_GELU, "S
 
 
 def check_parts(owner: nn.Module, path: str, *known: str) -> None:
-    """Raises ModelError for a submodule, parameter or buffer of `owner` itself that is not `known`."""
+    """Raises ModelError for a submodule, parameter or buffer of `owner` itself that is not `known`.
+
+    What passes on its input, or has no weights and is called a drop of something, may be there.
+    """
     own = owner.named_parameters(recurse=False), owner.named_buffers(recurse=False)
     for name, part in chain(owner.named_children(), *own):
-        if name not in known and "drop" not in name and not isinstance(part, nn.Identity):
+        drops = isinstance(part, nn.Module) and "drop" in name and next(part.parameters(), None) is None
+        if name not in known and not drops and not isinstance(part, nn.Identity):
             raise unsupported(f"{path}.{name} ({type(part).__name__})", "is a part that clipfast does not know there")
 
 
@@ -55,7 +59,7 @@ def read_stages(norm: Any, path: str, dtype: torch.dtype | None) -> tuple[Norm, 
     return () if norm is None or isinstance(norm, nn.Identity) else (read_norm(norm, path, dtype),)
 
 
-def read_block(block: Any, path: str, dtype: torch.dtype | None, rotary: Rotary | None = None) -> Block:
+def read_block(block: Any, path: str, dtype: torch.dtype | None) -> Block:
     """A Block or EvaBlock, with its norms before attention and MLP, or a ResPostBlock or EvaBlockPostNorm, behind."""
     check_parts(block, path, "norm1", "attn", "ls1", "gamma_1", "norm2", "mlp", "ls2", "gamma_2")
     need_parts(block, path, "norm1", "attn", "norm2", "mlp")
@@ -78,7 +82,6 @@ def read_block(block: Any, path: str, dtype: torch.dtype | None, rotary: Rotary 
         norm1=norm1[0] if norm1 else Chain(),
         qkv=qkv,
         qk_norm=qk_norm,
-        rotary=rotary,
         branch=Chain(branch),
         rest=Chain((Residual(Chain(inner)),)),
     )
@@ -115,23 +118,21 @@ def _read_attention(
 
 def read_mlp(mlp: Any, path: str, dtype: torch.dtype | None) -> tuple[Stage, ...]:
     """An Mlp, GluMlp, SwiGLU, or ViTamin's GeGluMlp."""
-    # (first maps, last map); the norm lies before the first where its width says so.
     if hasattr(mlp, "fc1"):
-        names: tuple[tuple[str, ...], str] = (("fc1",), "fc2")
+        below, above = ["fc1"], "fc2"
     elif hasattr(mlp, "fc1_g"):
-        names = ("fc1_g", "fc1_x"), "fc2"
+        below, above = ["fc1_g", "fc1_x"], "fc2"
     else:
-        names = ("w0", "w1"), "w2"
-    check_parts(mlp, path, *names[0], "act", "norm", names[1])
-    need_parts(mlp, path, *names[0], "act", names[1])
+        below, above = ["w0", "w1"], "w2"
+    check_parts(mlp, path, *below, "act", "norm", above)
+    need_parts(mlp, path, *below, "act", above)
+    first, last = _beside([getattr(mlp, name) for name in below], dtype), read_linear(getattr(mlp, above), dtype)
     act = read_activation(mlp.act, path)
-    first, last = _beside([getattr(mlp, name) for name in names[0]], dtype), read_linear(getattr(mlp, names[1]), dtype)
-    hidden = last.weight.shape[1]
-    gated = first.weight.shape[0] == 2 * hidden
-    # A module that keeps its gate apart always puts it first.
-    middle: Stage = Gated(act, gate_last=getattr(mlp, "gate_last", False)) if gated else act
+    gated = first.weight.shape[0] == 2 * last.weight.shape[1]
+    middle = Gated(act, gate_last=getattr(mlp, "gate_last", False)) if gated else act
     norm = read_stages(getattr(mlp, "norm", None), f"{path}.norm", dtype)
-    return (*norm, first, middle, last) if names[1] == "w2" else (first, middle, *norm, last)
+    # GeGluMlp's norm is of its input, all others' of what was activated.
+    return (*norm, first, middle, last) if above == "w2" else (first, middle, *norm, last)
 
 
 def read_activation(act: nn.Module, path: str) -> Activation:
