@@ -209,7 +209,12 @@ def check(name: str) -> dict[str, Any]:
     assert same(before, snapshot(module)), "the model is not as it was"
     if GradEclip.why_not(tower) is None:
         exact = Model(module.double(), name=name)
-        record |= _attributions(module, exact.towers()[0], x[:1].double(), texts.double())
+        try:
+            record |= _attributions(module, exact.towers()[0], x[:1].double(), texts.double())
+        except InputError as error:
+            # The documented sentence of a tower whose norm comes before the mean of its patches.
+            assert "final norm comes behind the mean" in str(error)
+            record["methods"] = [n for n in record["methods"] if n not in ("grad_eclip", "mga_clip")]
     else:
         assert "grad_cam" in record["methods"], record
         out = clipfast.explain(x, texts, model=model, method="grad_cam")
