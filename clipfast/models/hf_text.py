@@ -1,10 +1,10 @@
 """Reads the text side of transformers' CLIP models, and of open_clip's that have an encoder of transformers.
 
-    CLIP, MetaCLIP 2, SigLIP, CLIPSeg    norms before attention and MLP, the EOS or the last token
-    BERT, RoBERTa (Chinese CLIP, AltCLIP, open_clip's roberta and xlm-roberta)    norms behind them, the first token or
-                                         the mean of all
-    M2M-100 (open_clip's nllb)           norms before, sinusoidal positions
-    mT5 (open_clip's mt5)                RMS norms before, relative positions as a bias, products that are not scaled
+    CLIP, MetaCLIP 2, SigLIP, CLIPSeg   norms before attention and MLP; the EOS or the last token
+    BERT, RoBERTa                       norms behind them; the first token or the mean of all (Chinese CLIP, AltCLIP,
+                                        open_clip's roberta and xlm-roberta)
+    M2M-100                             norms before; sinusoidal positions (open_clip's nllb)
+    mT5                                 RMS norms before; relative positions as a bias, products that are not scaled
 
 Each `_read_*` knows an encoder by its parts' names. As in `hf`, fused queries, keys and values are a copy.
 """

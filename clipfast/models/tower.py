@@ -436,7 +436,10 @@ class StemTower(PixelTower):
 
 def _check_site(pooled: Tensor) -> None:
     if pooled.ndim == 2:
-        raise InputError("this tower pools the mean of its tokens: no single token's attention writes it.")
+        raise InputError(
+            "this tower pools the mean of its tokens: no single token's attention writes it; of texts, leave_one_out, "
+            "kernel_shap, saliency and integrated_gradients explain the words nevertheless."
+        )
 
 
 def patch_grid(x: Tensor, patch: tuple[int, int]) -> tuple[int, int]:
