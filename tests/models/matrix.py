@@ -212,8 +212,9 @@ def check(name: str) -> dict[str, Any]:
         try:
             record |= _attributions(module, exact.towers()[0], x[:1].double(), texts.double())
         except InputError as error:
-            # The documented sentence of a tower whose norm comes before the mean of its patches.
-            assert "final norm comes behind the mean" in str(error)
+            # The one refusal that only the input tells: of a tower whose norm comes before the mean of its patches.
+            if "final norm comes behind the mean" not in str(error):
+                raise
             record["methods"] = [n for n in record["methods"] if n not in ("grad_eclip", "mga_clip")]
     else:
         assert "grad_cam" in record["methods"], record
