@@ -306,7 +306,8 @@ def test_several_models_at_once(build_clip, x):
 def test_errors_say_what_would_be_right(clip, build_resnet, monkeypatch):
     with pytest.raises(InputError, match="did you mean 'captum'"), accelerate("captun", model=clip):
         pass
-    with pytest.raises(ModelError, match="no VisionTransformer with a class token"), accelerate("captum", model=build_resnet()):
+    resnet = build_resnet()
+    with pytest.raises(ModelError, match="no VisionTransformer with a class token"), accelerate("captum", model=resnet):
         pass
     monkeypatch.setitem(module.LIBRARIES, "captum", Library("captum", "captum", ("captum.attr:Nothing",), ("x",)))
     with pytest.raises(InputError, match="built differently"), accelerate("captum", model=clip):
