@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small training of each kind")
     parser.add_argument("--images", type=int, default=1200, help="scenes of a training")
-    parser.add_argument("--eps", type=float, nargs="+", default=[4, 8], help="in 255ths")
+    parser.add_argument("--eps", type=float, nargs="+", default=[2, 4, 8], help="in 255ths")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind and eps")
     parser.add_argument("--test", type=int, default=32, help="scenes whose maps are measured")
     parser.add_argument("--runs", type=Path, default=Path("runs/study-aft"), help="folder of the trainings")
@@ -191,7 +191,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
                 axes.plot(eps, averaged(content, kind, key), style, color=f"C{number}", label=label, markersize=4)
         axes.set(title=title, xlabel="eps · 255 (0: before)", xticks=eps)
         axes.spines[["top", "right"]].set_visible(False)
-        if title in (MAPS["pointing"][2], "accuracy"):
+        if title in (MAPS["ap"][2], "accuracy"):
             axes.legend(fontsize=8, frameon=False)
     figure.suptitle("AFT (solid) and FARE (dashed) of the demo model")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,18 +216,16 @@ def page(content: Mapping[str, Any]) -> str:
     rows += [f"| {words} | {' | '.join(_cell(content, name, key) for key in known)} |" for name, words in names.items()]
     tables.append("\n".join(rows))
     trends = "\n".join(f"- {line}" for line in [*_maps_in_words(content), *_rest_in_words(content, known)])
-    seeds = settings["seeds"]
+    seeds, test, images = settings["seeds"], settings["test"], f"{settings['images']:,}"
     newline = "\n\n"
     times = f"{seeds} trainings" if seeds > 1 else "one training"
     return f"""# AFT and FARE on the demo model
 
-The demo model's image tower after AFT (the paper's recipe) and FARE, at several eps: one pass over
-{settings["images"]} rendered scenes, {times} of each kind and eps, AdamW at {settings["lr"]:g} (by short
-trials; the paper's 1e-5 hardly moves so small a model in so few steps), batches of {settings["batch"]},
-{settings["pgd_steps"]} inner steps of eps. Maps are measured on {settings["test"]} scenes with exact masks,
-accuracies on {4 * settings["test"]} scenes of one thing, {settings["test"]} of them under attack; no training has
-seen any. The attack is APGD on the cross-entropy with {settings["attack_steps"]} steps, far fewer than robust
-accuracy is usually published with: what it says is an upper bound.
+The demo model's image tower after AFT (the paper's recipe) and FARE, at several eps: one pass over {images} rendered
+scenes, {times} of each kind and eps, AdamW at {settings["lr"]:g} (by short trials), batches of {settings["batch"]},
+{settings["pgd_steps"]} inner steps of eps. Maps are measured on {test} scenes with exact masks, accuracies on {4 * test}
+scenes of one thing, {test} of them under attack; no training has seen any. The attack is APGD on the cross-entropy with
+{settings["attack_steps"]} steps, far fewer than robust accuracy is usually published with: what it says is an upper bound.
 
 ![Curves](aft.svg)
 
@@ -244,9 +242,9 @@ that stay more alike under noise; sparser maps; some accuracy lost, more the lar
 
 {trends}
 
-What this can and cannot say: a model of 3 M parameters and drawings on calm backgrounds, {settings["images"]}
-images where the paper has 2.6 million. It shows whether the trainer does what its objective asks, and which of the
-paper's effects appear at this size. It does not say what AFT does to a CLIP of photographs.
+What this can and cannot say: a model of 3 M parameters and drawings on calm backgrounds, {images} images where the
+paper has 2.6 million. It shows whether the trainer does what its objective asks, and which of the paper's effects
+appear at this size. It does not say what AFT does to a CLIP of photographs.
 
 `make study-aft` makes this page; [aft.json](aft.json) has every training's figures.
 """
@@ -281,7 +279,7 @@ def _maps_in_words(content: Mapping[str, Any]) -> list[str]:
             signs = [_sign(found[f"aft {eps:g} {seed}"], key) for eps, seed in runs]
             before, *after = averaged(content, "aft", key)
             seen = _verdict(signs)
-            parts.append(f"{name} {seen}, {before:.3f} to {', '.join(f'{value:.3f}' for value in after)}")
+            parts.append(f"with {name} it {seen}, {before:.3f} to {', '.join(f'{value:.3f}' for value in after)}")
         lines.append(
             f"**{title[0].upper()}{title[1:]}** after AFT (eps {_listed(settings['eps'])}): {'; '.join(parts)}."
         )
@@ -291,7 +289,9 @@ def _maps_in_words(content: Mapping[str, Any]) -> list[str]:
         for m, name in METHODS.items()
     }
     words = ", ".join(f"{100 * gain:+.1f} with {name}" for name, gain in ahead.items())
-    lines.append(f"**AFT less FARE**, pointing game in points, mean over eps: {words}. The paper has AFT ahead.")
+    lines.append(
+        f"**AFT less FARE**, pointing game in points, mean over eps: {words}; not tested. The paper has AFT ahead."
+    )
     return lines
 
 
@@ -318,7 +318,7 @@ def _rest_in_words(content: Mapping[str, Any], known: list[str]) -> list[str]:
             runs = [f"{kind} {eps:g} {seed}" for eps in settings["eps"] for seed in range(settings["seeds"])]
             values = ", ".join(f"{100 * value:.1f}" for value in after)
             seen = _verdict([_sign(found[run], key) for run in runs], expected)
-            parts.append(f"{name} {seen}, {100 * before:.1f} to {values} %")
+            parts.append(f"after {name} it {seen}, {100 * before:.1f} to {values} %")
         lines.append(f"**{title[0].upper()}{title[1:]}**: {'; '.join(parts)}.")
     return lines
 
