@@ -58,8 +58,7 @@ def load(
         if tokenizer is None and getattr(model, "vocab_size", None) == _CLIP_VOCABULARY:
             tokenizer = open_clip.SimpleTokenizer(context_length=getattr(model, "context_length", 77))
         # A processor of transformers is both.
-        processor = tokenizer if preprocess is None and hasattr(tokenizer, "image_processor") else None
-        return Model(model, tokenizer, preprocess or processor)
+        return Model(model, tokenizer, preprocess or getattr(tokenizer, "image_processor", None))
     name = str(model)
     if pretrained is None and ":" in name and not name.startswith("hf:") and not Path(name).exists():
         name, pretrained = name.split(":", 1)
@@ -93,14 +92,10 @@ def load(
 
 
 def known_models() -> dict[str, list[str]]:
-    """open_clip's architectures that clipfast reads, each with its weights tags."""
+    """open_clip's architectures, each with its weights tags."""
     import open_clip
 
-    found = {}
-    for name in open_clip.list_models():
-        if _reason_unfit(open_clip.get_model_config(name)) is None:
-            found[name] = open_clip.list_pretrained_tags_by_model(name)
-    return found
+    return {name: open_clip.list_pretrained_tags_by_model(name) for name in open_clip.list_models()}
 
 
 def _load_named(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer]:
@@ -110,9 +105,6 @@ def _load_named(name: str, pretrained: str | None) -> tuple[nn.Module, Tokenizer
     names = open_clip.list_models()
     if name not in names:
         raise ModelError(f"there is no model or file {name!r}: {nearest(name, ['demo', *names])}")
-    reason = _reason_unfit(open_clip.get_model_config(name))
-    if reason is not None:
-        raise ModelError(f"{name} {reason}, which clipfast cannot read yet; `clipfast models` lists those it can.")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
         raise ModelError(
@@ -149,7 +141,8 @@ def _load_path(path: Path) -> tuple[nn.Module, Tokenizer]:
     fitting = architectures(weights)
     if not fitting:
         raise ModelError(
-            f"{path} fits no architecture that clipfast reads: build the module and pass it to clipfast.load(module)."
+            f"{path} is not told by its weights' shapes: name its architecture, as "
+            f"clipfast.load('ViT-B-16-SigLIP', pretrained='{path.name}'), or build the module and pass it."
         )
     if len(fitting) > 1:
         raise ModelError(
@@ -160,14 +153,10 @@ def _load_path(path: Path) -> tuple[nn.Module, Tokenizer]:
 
 
 def architectures(weights: Mapping[str, Tensor]) -> list[str]:
-    """open_clip's architectures that have the shapes of a state dict, of those that clipfast reads."""
+    """open_clip's architectures that have the shapes of a state dict, of those with its own kinds of towers."""
     import open_clip
 
-    return [
-        name
-        for name in open_clip.list_models()
-        if _reason_unfit(config := open_clip.get_model_config(name)) is None and _fits(config, weights)
-    ]
+    return [name for name in open_clip.list_models() if _fits(open_clip.get_model_config(name), weights)]
 
 
 def _state_dict(path: Path) -> Mapping[str, Tensor] | None:
@@ -245,27 +234,15 @@ def _reading(source: object) -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _reason_unfit(config: Mapping[str, Any]) -> str | None:
-    """Why an open_clip configuration has no towers that clipfast reads, or None."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if "timm_model_name" in vision:
-        return f"has a timm image tower ({vision['timm_model_name']})"
-    if "hf_model_name" in text:
-        return f"has a Hugging Face text tower ({text['hf_model_name']})"
-    if vision.get("attentional_pool") or vision.get("pool_type", "tok") != "tok":
-        return "does not pool a class token"
-    if text.get("embed_cls") or text.get("use_pad_mask") or "multimodal_cfg" in config:
-        return "has a CoCa text tower"
-    if vision.get("block_type") or text.get("block_type"):
-        return "has blocks with extra norms"
-    return None
-
-
 def _fits(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
     """Whether a configuration has the shapes of a state dict; head counts and activations leave no trace in them."""
     vision, text = config["vision_cfg"], config["text_cfg"]
-    prefix = "text." if "text.token_embedding.weight" in weights else ""
+    if "timm_model_name" in vision or "hf_model_name" in text or "multimodal_cfg" in config:
+        return False
     resnet = isinstance(vision.get("layers"), list)
+    if not resnet and ("visual.ln_pre.weight" in weights) == bool(vision.get("no_ln_pre")):
+        return False
+    prefix = "text." if "text.token_embedding.weight" in weights else ""
     expected = {
         **(_resnet_shapes if resnet else _transformer_shapes)(vision, config["embed_dim"]),
         f"{prefix}token_embedding.weight": (text.get("vocab_size", 49408), text.get("width", 512)),
