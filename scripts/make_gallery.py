@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 import clipfast
 from clipfast.methods import METHODS
 from clipfast.methods.base import Method
-from clipfast.models.tower import ImageTower
+from clipfast.models.image import ImageTower
 from clipfast.view import save_image
 from clipfast.view.overlay import overlay
 from clipfast.view.words import AGAINST, FOR, strengths

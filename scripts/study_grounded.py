@@ -33,9 +33,9 @@ from clipfast.methods.grad_eclip import GradEclip, SiteExplained
 from clipfast.metrics.evaluate import evaluate
 from clipfast.metrics.regions import Regions
 from clipfast.metrics.zero_shot import ZeroShot
+from clipfast.models.image import ImageTower
 from clipfast.models.load import load
 from clipfast.models.model import Model
-from clipfast.models.tower import ImageTower
 from clipfast.versions import machine, versions
 from clipfast.view.files import write_file
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipfast.compat.score import Score
 from clipfast.metrics.registry import parse, spelled
 from clipfast.models.families import AnyImageTower
-from clipfast.models.tower import PatchTower
+from clipfast.models.image import PatchTower
 
 Maps = Callable[[], Tensor]
 

@@ -24,11 +24,11 @@ from torch import Tensor
 from clipfast.data.geometry import InputSpec, normalize, prepare
 from clipfast.errors import InputError, ModelError
 from clipfast.models.block import Block
+from clipfast.models.image import PatchTower
 from clipfast.models.load import load
 from clipfast.models.model import Model
 from clipfast.models.tail import Tail
 from clipfast.models.text import OpaqueText
-from clipfast.models.tower import PatchTower
 
 # A gradient at one token costs every weight of the tail once; from about here on its whole Jacobian is the cheaper.
 _JACOBIAN_AFTER = 16

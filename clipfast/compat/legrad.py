@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from clipfast.api import Explainer
 from clipfast.errors import InputError, ModelError
+from clipfast.models.image import ImageTower
 from clipfast.models.load import load
-from clipfast.models.tower import ImageTower
 from clipfast.ops.minmax import minmax
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.errors import ModelError
+from clipfast.models.image import PatchTower
 from clipfast.models.model import Model
-from clipfast.models.tower import PatchTower
 
 # Images whose state at one block is kept: the batches of a path, and the baselines between them.
 _KEPT = 64

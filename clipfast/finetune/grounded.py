@@ -37,8 +37,8 @@ from clipfast.finetune.objective import Batch, Objective, Step, copied
 from clipfast.finetune.phrases import open_phraser
 from clipfast.methods.grad_eclip import GradEclip
 from clipfast.methods.mask_clip import MaskClip, last_attention, patch_embeddings
+from clipfast.models.image import ImageTower
 from clipfast.models.model import Model
-from clipfast.models.tower import ImageTower
 from clipfast.ops.minmax import minmax
 
 # What CLIP's training holds its logit scale below.

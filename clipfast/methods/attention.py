@@ -20,8 +20,9 @@ from torch import Tensor
 from clipfast.methods.base import Explained, Method, MethodInfo, choice
 from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
 from clipfast.models.block import AttentionBlock, Block
+from clipfast.models.image import ImageTower
 from clipfast.models.text import TextTower
-from clipfast.models.tower import ImageTower, Site, Tower
+from clipfast.models.tower import Site, Tower
 
 # Attention probabilities at a time: all heads of a few images, or a head of a large one.
 PIECE = 2**22

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from clipfast.errors import InputError
-from clipfast.models.tower import ImageTower
+from clipfast.models.image import ImageTower
 from clipfast.ops.spatial_attribution import gradient_weighted
 
 Needs = Literal["pixels", "features", "tokens", "query", "blocks"]

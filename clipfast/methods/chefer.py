@@ -23,9 +23,10 @@ from clipfast.methods.attention import PIECE, head_groups, pooled_attention
 from clipfast.methods.base import Explained, Method, MethodInfo, choice
 from clipfast.methods.tokens import Tokens, image_tokens, text_tokens
 from clipfast.models.gradients import score_gradients
+from clipfast.models.image import ImageTower
 from clipfast.models.tail import LinearTail
 from clipfast.models.text import TextTower
-from clipfast.models.tower import ImageTower, Layer, Site, Tower
+from clipfast.models.tower import Layer, Site, Tower
 
 
 @dataclass(frozen=True)

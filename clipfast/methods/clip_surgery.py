@@ -26,7 +26,8 @@ from torch import Tensor
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
 from clipfast.methods.second_path import second_path
-from clipfast.models.tower import ImageTower, Layer
+from clipfast.models.image import ImageTower
+from clipfast.models.tower import Layer
 from clipfast.ops.spatial_attribution import gradient_weighted
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from clipfast.methods.base import LinearExplained, Method, MethodInfo, at_least
 from clipfast.methods.second_path import second_path
-from clipfast.models.tower import ImageTower, Layer
+from clipfast.models.image import ImageTower
+from clipfast.models.tower import Layer
 
 
 @dataclass(frozen=True)

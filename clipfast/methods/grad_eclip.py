@@ -28,9 +28,10 @@ from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least,
 from clipfast.methods.mean_pooled import explain_mean
 from clipfast.models.block import AttentionBlock, Block, Pool
 from clipfast.models.gradients import Gradients, site_gradients
+from clipfast.models.image import ImageTower
 from clipfast.models.tail import LinearTail
 from clipfast.models.text import TextTower
-from clipfast.models.tower import ImageTower, Site, Tower
+from clipfast.models.tower import Site, Tower
 from clipfast.ops.spatial_attribution import SHORTEST, spatial_weight
 
 Form = Literal["auto", "reverse", "features"]

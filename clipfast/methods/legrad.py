@@ -20,9 +20,9 @@ from torch import Tensor
 
 from clipfast.methods.attention import head_groups
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
+from clipfast.models.image import ImageTower
 from clipfast.models.linear_block import LinearBlock
 from clipfast.models.tail import Tail
-from clipfast.models.tower import ImageTower
 
 # Rows of tokens gone back through an MLP at a time.
 ROWS = 1024

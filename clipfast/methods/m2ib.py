@@ -25,8 +25,9 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least
+from clipfast.models.image import ImageTower
 from clipfast.models.text import TextTower, rows_of
-from clipfast.models.tower import ImageTower, Tower
+from clipfast.models.tower import Tower
 
 # Theirs: sigmoid(5) = 0.993 lets nearly everything through.
 START = 5.0

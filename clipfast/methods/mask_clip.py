@@ -21,7 +21,7 @@ from torch import Tensor
 from clipfast.errors import InputError
 from clipfast.methods.base import LinearExplained, Method, MethodInfo, choice
 from clipfast.models.block import Pool
-from clipfast.models.tower import ImageTower
+from clipfast.models.image import ImageTower
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from clipfast.methods.base import Explained, Relu, combine
+from clipfast.models.image import ImageTower
 from clipfast.models.linear_block import MeanTail
-from clipfast.models.tower import ImageTower
 
 # From so many prompts on the features, about 1.3 blocks, are cheaper than the prompts' own rows.
 _FEATURES_PAY = 3

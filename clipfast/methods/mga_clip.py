@@ -31,9 +31,10 @@ from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least,
 from clipfast.methods.paths import Baseline, check_baseline, image_baseline, image_path
 from clipfast.methods.quadrature import Rule, quadrature
 from clipfast.models.block import Pool
+from clipfast.models.image import ImageTower
 from clipfast.models.linear_block import MeanTail
 from clipfast.models.tail import LinearTail
-from clipfast.models.tower import ImageTower, Site
+from clipfast.models.tower import Site
 from clipfast.ops.minmax import minmax
 from clipfast.ops.spatial_attribution import spatial_weight
 

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, at_least, choice
 from clipfast.methods.grad_eclip import GradEclip, SiteExplained
+from clipfast.models.image import ImageTower
 from clipfast.models.text import TextTower
-from clipfast.models.tower import ImageTower, Tower
+from clipfast.models.tower import Tower
 from clipfast.ops.minmax import minmax
 from clipfast.ops.spatial_attribution import SHORTEST
 

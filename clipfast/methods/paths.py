@@ -15,7 +15,7 @@ from torch import Tensor
 from clipfast.errors import InputError
 from clipfast.methods.quadrature import quadrature
 from clipfast.models.families import AnyImageTower
-from clipfast.models.tower import ImageTower
+from clipfast.models.image import ImageTower
 from clipfast.ops.path import path_points
 
 Baseline = Literal["mean", "black", "blur"] | Tensor

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from clipfast.errors import InputError
-from clipfast.models.tower import ImageTower, Layer
+from clipfast.models.image import ImageTower
+from clipfast.models.tower import Layer
 
 # The authors of both methods take the last six blocks.
 LAYERS = 6

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.methods.base import Explained, Method, MethodInfo, Relu, at_least, choice
+from clipfast.models.image import ImageTower
 from clipfast.models.tokens import TokenStates
-from clipfast.models.tower import ImageTower
 from clipfast.ops.gmm_threshold import gmm_threshold
 from clipfast.ops.token_patch_similarity import token_patch_similarity, token_patch_threshold
 

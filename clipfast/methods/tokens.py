@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clipfast.models.image import ImageTower
 from clipfast.models.text import TextTower
-from clipfast.models.tower import ImageTower
 
 
 @dataclass(frozen=True)

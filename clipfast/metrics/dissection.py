@@ -27,9 +27,9 @@ from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.samples import OnError, Pictures, batches
 from clipfast.metrics.zero_shot import Templates, class_embeddings
 from clipfast.models.block import Block
+from clipfast.models.image import ImageTower
 from clipfast.models.layers import Affine, Chain, Residual
 from clipfast.models.model import Model, Precision
-from clipfast.models.tower import ImageTower
 
 _LAYERS, _SIMILARITIES = ("mlp", "residual"), ("soft_wpmi", "cosine", "cosine_cubed")
 # Values of an intermediate that are in memory at once.

@@ -23,8 +23,8 @@ from clipfast.errors import InputError
 from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.dissection import Dissection, Neurons
 from clipfast.metrics.samples import OnError, batches
+from clipfast.models.image import ImageTower
 from clipfast.models.model import Model, Precision
-from clipfast.models.tower import ImageTower
 
 # Pixels of maps that are in memory at once.
 _PIXELS = 1 << 24

@@ -30,8 +30,8 @@ from clipfast.methods.mask_clip import MaskClip, last_attention, patch_embedding
 from clipfast.metrics.base import Columns, Protocol
 from clipfast.metrics.samples import OnError, batches
 from clipfast.metrics.zero_shot import Templates, class_embeddings, template_texts
+from clipfast.models.image import ImageTower
 from clipfast.models.model import Model, Precision
-from clipfast.models.tower import ImageTower
 from clipfast.ops.minmax import minmax
 
 # Numbers of pooled regions, boxes x classes x embedding, that are in memory at once.

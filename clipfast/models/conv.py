@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from clipfast.errors import InputError, nearest
 from clipfast.models.frozen import frozen
+from clipfast.models.image import patch_grid
 from clipfast.models.openclip import read_logit_scale, unsupported
-from clipfast.models.tower import patch_grid, rows_at_once
+from clipfast.models.tower import rows_at_once
 
 _STEM, _STAGES, _ABOVE = ("stem", "patch_embed"), ("stages", "layers"), ("final_conv", "norm_pre", "norm")
 # Small, of whole places at any stride up to 64, and told apart in height and width.

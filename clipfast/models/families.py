@@ -12,10 +12,10 @@ from torch import nn
 
 from clipfast.errors import ModelError
 from clipfast.models.conv import ConvTower
+from clipfast.models.image import ImageTower
 from clipfast.models.opaque import opaque_text
 from clipfast.models.resnet import ResNetTower
 from clipfast.models.text import AnyTextTower
-from clipfast.models.tower import ImageTower
 
 AnyImageTower = ImageTower | ConvTower
 """What the image side of a model may be read as."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clipfast.data.spec import InputSpec
 from clipfast.models.block import Block, Pool
+from clipfast.models.image import PatchTower
 from clipfast.models.layers import (
     GELU,
     GELU_TANH,
@@ -38,7 +39,6 @@ from clipfast.models.openclip import (
     unsupported,
 )
 from clipfast.models.tail import Tail
-from clipfast.models.tower import PatchTower
 
 _ACTIVATIONS = {
     "GELU": GELU,

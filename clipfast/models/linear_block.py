@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipfast.errors import InputError
 from clipfast.models.block import Block
+from clipfast.models.image import ImageTower
 from clipfast.models.layers import (
     ActivationDerivative,
     AffineDerivative,
@@ -21,7 +22,6 @@ from clipfast.models.layers import (
     product,
 )
 from clipfast.models.tail import off_
-from clipfast.models.tower import ImageTower
 from clipfast.ops.minmax import minmax
 
 

@@ -16,11 +16,11 @@ from clipfast.data.spec import InputSpec, spec_of
 from clipfast.errors import InputError, ModelError, TextError, nearest
 from clipfast.models.families import AnyImageTower, image_tower, text_tower
 from clipfast.models.hf import family_spec
+from clipfast.models.image import PatchTower
 from clipfast.models.openclip import trained_weights
 from clipfast.models.reader import TokenReader
 from clipfast.models.text import AnyTextTower, OpaqueText
 from clipfast.models.tokens import TokenStates, word_states
-from clipfast.models.tower import PatchTower
 from clipfast.models.words import Word
 
 Precision = Literal["float32", "bfloat16", "auto"] | None

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from clipfast.errors import ModelError
 from clipfast.models.block import Block, Pool
+from clipfast.models.image import PatchTower
 from clipfast.models.layers import GELU, GELU_TANH, QUICK_GELU, Activation, Affine, Chain, Norm, Residual, Scale, Stage
 from clipfast.models.tail import Tail
 from clipfast.models.text import Embedding, TextTower
-from clipfast.models.tower import PatchTower
 
 SUPPORTED = (
     "clipfast reads open_clip's VisionTransformer (OpenAI, OpenCLIP, MetaCLIP, DFN, CLIPA, CoCa), its ModifiedResNet, "

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from clipfast.models.block import Pool
 from clipfast.models.conv import layers_to
+from clipfast.models.image import PixelTower, resize_positions
 from clipfast.models.layers import Affine, Chain
 from clipfast.models.openclip import read_grid, read_linear, read_logit_scale, read_weight, unsupported
 from clipfast.models.tail import Tail
-from clipfast.models.tower import PixelTower, resize_positions, rows_at_once
+from clipfast.models.tower import rows_at_once
 
 _CONVS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
 _STAGES = ("layer1", "layer2", "layer3", "layer4")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipfast.models.block import AttentionBlock
 from clipfast.models.frozen import frozen
+from clipfast.models.image import PatchTower, Resize, StemTower, resize_positions
 from clipfast.models.layers import Chain, Stage
 from clipfast.models.openclip import read_linear, read_logit_scale, read_optional, read_weight, unsupported
 from clipfast.models.tail import Tail
@@ -30,7 +31,6 @@ from clipfast.models.timm_blocks import (
     read_rotary,
     read_stages,
 )
-from clipfast.models.tower import PatchTower, Resize, StemTower, resize_positions
 
 _TRUNK = "visual.trunk"
 _RESIZE: Resize = "bicubic_antialias"

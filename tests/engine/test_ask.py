@@ -23,8 +23,8 @@ from clipfast.engine.config import RunConfig
 from clipfast.engine.stored import RowReader
 from clipfast.engine.texts import Prompts
 from clipfast.errors import InputError, ModelError, TextError
+from clipfast.models.image import ImageTower
 from clipfast.models.model import Model
-from clipfast.models.tower import ImageTower
 
 ASKED = ["a red umbrella", "a banana", "a small dog on the left"]
 

@@ -17,9 +17,9 @@ from clipfast import Explainer, load
 from clipfast.errors import InputError
 from clipfast.methods import METHODS, build_method
 from clipfast.methods.base import Method
+from clipfast.models.image import ImageTower
 from clipfast.models.openclip import image_tower, text_tower
 from clipfast.models.text import TextTower
-from clipfast.models.tower import ImageTower
 
 ROOT = Path(__file__).parents[2]
 # Cheap settings of what would run for long; everything else as it comes.

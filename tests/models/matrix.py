@@ -26,8 +26,8 @@ from clipfast.methods.integrated_gradients import IntegratedGradients
 from clipfast.methods.mga_clip import MgaClip
 from clipfast.methods.tclip import Tclip
 from clipfast.models.block import Pool
+from clipfast.models.image import ImageTower
 from clipfast.models.model import Model
-from clipfast.models.tower import ImageTower
 
 BLOCKS, VOCABULARY, PROMPTS = 2, 600, 3
 # Of embeddings in float32 and bfloat16, and of maps in float64 over their largest value.

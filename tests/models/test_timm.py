@@ -24,8 +24,8 @@ from clipfast.errors import ModelError
 from clipfast.methods.grad_eclip import GradEclip
 from clipfast.models.block import Pool
 from clipfast.models.families import image_tower, text_tower
+from clipfast.models.image import StemTower
 from clipfast.models.layers import GELU, GELU_TANH
-from clipfast.models.tower import StemTower
 
 WIDTH, CLASSES = 48, ["a dog", "two black cats", "rain"]
 
