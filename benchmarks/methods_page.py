@@ -22,7 +22,8 @@ What [Grad-ECLIP itself costs](benchmarks.md) has a page of its own.
 
 
 def main() -> None:
-    claims = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    folders = (RESULTS, RESULTS.parent / "finetune")
+    claims = [json.loads(path.read_text()) for folder in folders for path in sorted(folder.glob("*.json"))]
     PAGE.write_text("\n".join([ABOUT, targets(claims), *(table(claim) for claim in claims), *machines(claims), ""]))
     print(PAGE)
 
