@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 import clipfast
 from clipfast.methods import METHODS
 from clipfast.methods.base import Method
-from clipfast.models.image import ImageTower
 from clipfast.view import save_image
 from clipfast.view.overlay import overlay
 from clipfast.view.words import AGAINST, FOR, strengths
@@ -32,7 +31,7 @@ def main(docs: Path) -> None:
     words: dict[str, clipfast.Words] = {}
     for name, method in METHODS.items():
         started = time.perf_counter()
-        if "image" in method.sides() and ImageTower in method.reads:
+        if "image" in method.sides() and method.why_not(model.towers()[0]) is None:
             out = clipfast.explain(scene, PROMPTS, model=model, method=name)
             drawn[name] = [
                 overlay(scene, heat[0], colormap=palette) for heat, palette in (out.drawable(0, [p]) for p in range(2))

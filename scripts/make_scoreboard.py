@@ -46,7 +46,7 @@ def main() -> None:
 
     model = load("demo")
     tower, _ = model.towers()
-    methods = [name for name, m in METHODS.items() if "image" in m.sides() and isinstance(tower, m.reads)]
+    methods = [name for name, m in METHODS.items() if "image" in m.sides() and m.why_not(tower) is None]
     fast = [name for name in methods if name not in SLOW]
     readers = [name for name, m in METHODS.items() if "text" in m.sides()]
     once = [name for name, entry in PROTOCOLS.items() if entry.side == "image" and not entry.again]
