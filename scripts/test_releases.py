@@ -17,21 +17,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# (what is installed, the tests that meet it). numpy 1 and older Pythons are behind all of these.
+# (what is installed, the tests that meet it). Of Quantus 0.6 and torchcam 0.5 the releases before do not do: those of
+# Quantus do not run on NumPy 2.4, torchcam's have neither the metric nor the LeGrad that are replaced.
 RUNS: list[tuple[list[str], list[str]]] = [
     (
         ["open_clip_torch==3.0.0"],
         ["tests/models/test_towers.py", "tests/models/test_load.py", "tests/models/test_matrix.py"],
     ),
-    (["timm==1.0.20"], ["tests/models/test_timm.py", "tests/models/test_conv.py"]),
     (
         ["transformers==4.57.6", "huggingface_hub==0.36.0", "tokenizers==0.22.1"],
         ["tests/models/test_hf.py", "tests/models/test_hf_text.py", "tests/models/test_words.py"],
     ),
     (["captum==0.8.0"], ["tests/compat/test_captum.py", "tests/compat/test_accelerate.py"]),
     (["grad-cam==1.5.4"], ["tests/compat/test_grad_cam.py", "tests/compat/test_accelerate.py"]),
-    (["quantus==0.5.3"], ["tests/compat/test_quantus.py", "tests/compat/test_accelerate.py"]),
-    (["torchcam==0.4.1"], ["tests/compat/test_torchcam.py", "tests/compat/test_legrad.py"]),
 ]
 
 

@@ -39,6 +39,8 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_embeddings_equal_the_models_own(build_clip, ids, variant):
+    if not set(variant.get("text", {})) <= set(open_clip.CLIPTextCfg.__dataclass_fields__):
+        pytest.skip("this release of open_clip has no such text tower")
     model = build_clip(**variant)
     size = model.visual.image_size
     x = torch.randn(3, 3, *size)
