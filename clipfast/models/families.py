@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
 from clipfast.errors import ModelError
-from clipfast.models.conv import ConvTower
+from clipfast.models import hf, hf_text, openclip, timm
+from clipfast.models.conv import ConvTower, conv_tower
 from clipfast.models.image import ImageTower
 from clipfast.models.opaque import opaque_text
-from clipfast.models.resnet import ResNetTower
+from clipfast.models.resnet import ResNetTower, resnet_tower
 from clipfast.models.text import AnyTextTower
 
 AnyImageTower = ImageTower | ConvTower
@@ -26,18 +26,14 @@ FeatureTower = ResNetTower | ConvTower
 
 @dataclass(frozen=True)
 class Family:
-    """One family of towers: its name, how its modules are known, and the function that reads them.
+    """One family of towers: its name, how its modules are known, and what reads them.
 
-    function: "module:name" below clipfast.models, (module, trunk dtype or None) -> tower; imported when it is needed.
+    read: (module, trunk dtype or None) -> tower.
     """
 
     name: str
     fits: Callable[[Any], bool]
-    function: str
-
-    def __call__(self, module: nn.Module, dtype: torch.dtype | None) -> Any:
-        where, name = self.function.split(":")
-        return getattr(import_module(f"clipfast.models.{where}"), name)(module, dtype)
+    read: Callable[[nn.Module, torch.dtype | None], Any]
 
 
 def _has(owner: Any, *names: str) -> bool:
@@ -55,28 +51,29 @@ def _has_encoder(text: Any) -> bool:
 
 
 IMAGE: Sequence[Family] = (
-    Family("ModifiedResNet", lambda m: _has(m, "visual") and _has(m.visual, "attnpool"), "resnet:resnet_tower"),
-    Family("VisionTransformer", lambda m: _has(m, "visual") and _has(m.visual, "conv1"), "openclip:image_tower"),
-    Family("transformers' CLIP and SigLIP", lambda m: _has(m, "vision_model"), "hf:image_tower"),
-    Family("timm's transformers", lambda m: _has_trunk(m, "patch_embed", "blocks"), "timm:image_tower"),
-    Family("timm's models of stages", lambda m: _has_trunk(m, "stages") or _has_trunk(m, "layers"), "conv:conv_tower"),
+    Family("ModifiedResNet", lambda m: _has(m, "visual") and _has(m.visual, "attnpool"), resnet_tower),
+    Family("VisionTransformer", lambda m: _has(m, "visual") and _has(m.visual, "conv1"), openclip.image_tower),
+    Family("transformers' CLIP and SigLIP", lambda m: _has(m, "vision_model"), hf.image_tower),
+    Family("timm's transformers", lambda m: _has_trunk(m, "patch_embed", "blocks"), timm.image_tower),
+    Family("timm's models of stages", lambda m: _has_trunk(m, "stages") or _has_trunk(m, "layers"), conv_tower),
 )
 TEXT: Sequence[Family] = (
-    Family("transformers' encoders", lambda m: _has(m, "text") and _has_encoder(m.text), "hf_text:encoder_tower"),
-    Family("transformers' CLIP and SigLIP", lambda m: _has(m, "text_model"), "hf_text:text_tower"),
-    Family("TextTransformer", lambda m: True, "openclip:text_tower"),
+    Family("transformers' encoders", lambda m: _has(m, "text") and _has_encoder(m.text), hf_text.encoder_tower),
+    Family("transformers' CLIP and SigLIP", lambda m: _has(m, "text_model"), hf_text.text_tower),
+    Family("TextTransformer", lambda m: True, openclip.text_tower),
 )
 
 
 def image_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyImageTower:
     """The image side of a CLIP module, whatever its family. Raises ModelError naming the part that does not fit."""
-    return _family(IMAGE, module)(module, dtype)
+    found: AnyImageTower = _family(IMAGE, module).read(module, dtype)
+    return found
 
 
 def text_tower(module: nn.Module, dtype: torch.dtype | None = None) -> AnyTextTower:
     """The text side, like `image_tower`; where its structure is not known, its embeddings alone."""
     try:
-        found: AnyTextTower = _family(TEXT, module)(module, dtype)
+        found: AnyTextTower = _family(TEXT, module).read(module, dtype)
     except ModelError as error:
         return opaque_text(module, dtype, str(error))
     return found

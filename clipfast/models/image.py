@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -108,7 +108,7 @@ class PatchTower(ImageTower):
     positions: Tensor | None = None
     norm_pre: Norm | Chain = Chain()  # noqa: RUF009 (frozen)
     resize: Resize = "bicubic"
-    rotary: Callable[[tuple[int, int]], Rotary | Sequence[Rotary]] | None = None
+    rotary: Callable[[tuple[int, int]], Rotary] | None = None
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -117,11 +117,10 @@ class PatchTower(ImageTower):
     def fitted(self, grid: tuple[int, int]) -> PatchTower:
         if self.rotary is None or grid == self.grid:
             return self
-        found = self.rotary(grid)
-        each = [found] * self.depth if isinstance(found, Rotary) else list(found)
+        rotary = self.rotary(grid)
         blocks = [
-            replace(block, rotary=one) if isinstance(block, Block) and block.rotary is not None else block
-            for block, one in zip(self.blocks, [*each, *[None] * (self.depth - len(each))], strict=True)
+            replace(block, rotary=rotary) if isinstance(block, Block) and block.rotary is not None else block
+            for block in self.blocks
         ]
         positions = None if self.positions is None else self.positions_for(grid)
         return replace(self, blocks=blocks, grid=grid, positions=positions)
