@@ -257,12 +257,7 @@ class GradCam(Method):
         else:
             with torch.enable_grad():
                 h.requires_grad_()
-                if tokens.pooled.ndim == 2:
-                    graph = tower.top(tower.run(h, index, heads=heads, mask=tokens.mask), tokens.pooled)
-                else:
-                    above = tower.run(h, index, tower.depth - 1, heads=heads, mask=tokens.mask)
-                    site = tower.site(above, tokens.pooled, heads=heads, visible=tokens.visible)
-                    graph = tower.tail(site.residual, site.o)
+                graph = tower.finish(h, tokens.pooled, index, heads=heads, mask=tokens.mask, visible=tokens.visible)
             z, mean_gradient = graph.detach(), Below(graph, h, shares)
         return WeightedChannels(z, h.detach()[:, tokens.keep].to(dtype), tokens.inside.to(dtype), mean_gradient)
 

@@ -157,25 +157,39 @@ class Tower:
             h = out
 
     def finish(
-        self, h: Tensor, pooled: Tensor, start: int = 0, *, mask: Tensor | None = None, visible: Tensor | None = None
+        self,
+        h: Tensor,
+        pooled: Tensor,
+        start: int = 0,
+        *,
+        heads: int | None = None,
+        mask: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Unit embeddings (B, E) of h (B, N, D), the input of block `start`; the last block runs for the pooled token.
 
         Differentiable in h where gradients are enabled. Arguments as for `run` and `site`.
         """
-        return F.normalize(self.unnormalized(h, pooled, start, mask=mask, visible=visible), dim=-1)
+        return F.normalize(self.unnormalized(h, pooled, start, heads=heads, mask=mask, visible=visible), dim=-1)
 
     def unnormalized(
-        self, h: Tensor, pooled: Tensor, start: int = 0, *, mask: Tensor | None = None, visible: Tensor | None = None
+        self,
+        h: Tensor,
+        pooled: Tensor,
+        start: int = 0,
+        *,
+        heads: int | None = None,
+        mask: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """What `finish` gives, before its length is made one."""
         if pooled.ndim == 2:
-            return self._mean(self.run(h, start, mask=mask).to(self.result_dtype), pooled)
-        h = self.run(h, start, self.depth - 1, mask=mask)
+            return self._mean(self.run(h, start, heads=heads, mask=mask).to(self.result_dtype), pooled)
+        h = self.run(h, start, self.depth - 1, heads=heads, mask=mask)
         last = self.blocks[-1]
-        if isinstance(last, Pool):
+        if isinstance(last, Pool) and heads is None:
             return self.tail.embed(None, last.output(h).to(self.result_dtype))
-        site = self.site(h, pooled, visible=visible)
+        site = self.site(h, pooled, heads=heads, visible=visible)
         return self.tail.embed(site.residual, site.o)
 
     def top(self, h: Tensor, pooled: Tensor) -> Tensor:
